@@ -1,0 +1,132 @@
+"""Transports, and the choice among them: one per process group and device type, made at first use."""
+
+import atexit
+import importlib
+import logging
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+import torch.distributed as dist
+from torch.distributed.distributed_c10d import _resolve_process_group
+
+from flashtrain.comm.schedule import Kind
+from flashtrain.comm.transport.base import Exchange, Traffic, Transport
+from flashtrain.comm.transport.group import GroupTransport
+from flashtrain.errors import UserError
+
+__all__ = ["Exchange", "Settings", "Traffic", "Transport", "configure", "in_use", "of", "settings", "shutdown"]
+
+log = logging.getLogger("flashtrain.comm")
+
+
+@dataclass(frozen=True, kw_only=True)
+class Settings:
+    """How communication runs in this process; the same on every rank.
+
+    ``transport``: auto takes host where all ranks of a group are CPU ranks of one machine, else group.
+    ``kind`` and ``subchunks``: see ``comm.schedule``; ring adds along the ring, so its bits are its own.
+    ``timeout``: seconds without a sign of life from a peer after which an operation fails.
+    ``keep_gather``: keep the gathered input of a column-parallel product for its weight gradient,
+    W times the activation memory, instead of gathering it again in the backward pass.
+    """
+
+    transport: Literal["auto", "host", "group"] = "auto"
+    kind: Kind = "direct"
+    subchunks: int = 1
+    timeout: float = 120.0
+    keep_gather: bool = False
+
+    def validate(self) -> None:
+        if self.subchunks < 1:
+            raise UserError(f"comm.subchunks is {self.subchunks}; it must be at least 1")
+        if self.timeout <= 0:
+            raise UserError(f"comm.timeout is {self.timeout}; it must be a number of seconds above 0")
+
+
+_settings = Settings()
+_transports: dict[tuple[str, str], Transport] = {}
+
+
+def configure(new: Settings) -> None:
+    """Set how communication runs from here on. Transports in use are shut down and chosen anew.
+
+    Call it on every rank, at a moment when no operation is under way on any.
+    """
+    global _settings
+    new.validate()
+    shutdown()
+    _settings = new
+
+
+def settings() -> Settings:
+    """The settings in force."""
+    return _settings
+
+
+def in_use() -> list[Transport]:
+    """The transports that have been used so far."""
+    return list(_transports.values())
+
+
+def of(group_name: str, device: torch.device) -> Transport:
+    """The transport that moves tensors of ``device`` between the ranks of the named process group.
+
+    Collective over the group at its first call. Raises UserError if ``Settings.transport`` asks for one
+    that this group or machine cannot have.
+    """
+    key = (group_name, device.type)
+    if key not in _transports:
+        _transports[key] = _choose(_resolve_process_group(group_name), device)
+        log.info(
+            "transport for %d ranks of group %s: %s", _transports[key].world, group_name, _transports[key].name
+        )
+    return _transports[key]
+
+
+def _choose(group: dist.ProcessGroup, device: torch.device) -> Transport:
+    wanted = _settings.transport
+    if wanted != "group" and group.size() > 1 and dist.get_backend(group) != "fake":
+        transport, why_not = _try_host(group, device)
+        if transport is not None:
+            return transport
+        if wanted == "host":
+            raise UserError(f"comm.transport is host, but {why_not}; use comm.transport group")
+        log.info("no shared-memory transport for this group: %s", why_not)
+    if device.type == "cuda" and group.size() > 1 and dist.get_backend(group) == "nccl":
+        ranks = dist.get_process_group_ranks(group)
+        group = dist.new_group(ranks, backend="nccl", use_local_synchronization=True)
+    return GroupTransport(group, _settings.timeout)
+
+
+def _try_host(group: dist.ProcessGroup, device: torch.device) -> tuple[Transport | None, str]:
+    if device.type != "cpu":
+        return None, f"its ranks hold {device.type} tensors"
+
+    def exchange_addresses(own: str) -> list[str]:
+        everyone: list[str] = [""] * group.size()
+        dist.all_gather_object(everyone, own, group=group)
+        return everyone
+
+    transport, why_not = None, ""
+    try:
+        host = importlib.import_module("flashtrain.comm.transport.host")
+        transport = host.HostTransport(group.rank(), group.size(), _settings.timeout, exchange_addresses)
+    except (ImportError, OSError, RuntimeError) as error:
+        why_not = str(error).splitlines()[0]
+    # One rank that cannot map the others' memory decides for all of them.
+    reasons: list[str] = [""] * group.size()
+    dist.all_gather_object(reasons, why_not, group=group)
+    refused = [f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason]
+    if refused and transport is not None:
+        transport.shutdown()
+        transport = None
+    return transport, refused[0] if refused else ""
+
+
+@atexit.register
+def shutdown() -> None:
+    """Free the threads and memory of all transports; the next operation chooses anew."""
+    for transport in _transports.values():
+        transport.shutdown()
+    _transports.clear()

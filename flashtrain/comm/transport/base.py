@@ -1,0 +1,143 @@
+"""What a transport must do to run a schedule.
+
+A transport moves chunks between the ranks of one process group. ``open`` starts one operation and
+returns an ``Exchange``; the executor then walks the schedule's actions and calls ``transfer`` and
+``wait`` in that order on every rank.
+"""
+
+import time
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from flashtrain.comm.schedule import Expect, Schedule, Send
+
+
+def clock() -> float:
+    """Seconds on the clock that all times of a transport are taken on (CLOCK_MONOTONIC on Linux)."""
+    return time.perf_counter()
+
+
+@dataclass
+class Traffic:
+    """What the operations of a transport cost since the last ``reset``; times in seconds."""
+
+    bytes_sent: int = 0
+    in_flight: float = 0.0   # from an operation's first transfer until its last chunk had landed
+    exposed: float = 0.0     # of it, time in which this rank did nothing but wait
+    copying: float = 0.0     # processor time that the transport's own threads spent
+    operating: float = 0.0   # inside operations, all in all
+    computing: float = 0.0   # of it, in the products
+
+    @property
+    def hidden(self) -> float | None:
+        """Share of the communication time that passed behind computation; None without communication."""
+        return None if self.in_flight <= 0 else max(0.0, 1.0 - self.exposed / self.in_flight)
+
+    @property
+    def handling(self) -> float:
+        """Time inside operations that was neither a product nor waiting: copies, additions, calls."""
+        return max(0.0, self.operating - self.computing - self.exposed)
+
+    def reset(self) -> None:
+        self.__init__()  # type: ignore[misc]
+
+
+class Exchange(ABC):
+    """One operation under way. ``close`` must be called; use it as a context manager."""
+
+    def __init__(self, transport: "Transport", schedule: Schedule, site: str) -> None:
+        self.transport, self.schedule, self.site = transport, schedule, site
+        self._started: float | None = None
+        self._landed = self._blocked = 0.0
+
+    def transfer(self, step: int, sends: Mapping[Send, Tensor], expects: Mapping[Expect, Tensor]) -> None:
+        """Start moving ``sends`` and take in ``expects``; return at once.
+
+        Tensors are contiguous; each expected one is where its chunk lands, of the size that the peer
+        sends. Payloads must stay as they are until ``close``. Step ``step`` is for error messages.
+        """
+        if self._started is None:
+            self._started = clock()
+        self.transport.traffic.bytes_sent += sum(payload.nbytes for payload in sends.values())
+        self._transfer(step, sends, expects)
+
+    def wait(self, step: int, expect: Expect) -> None:
+        """Block until ``expect`` has landed.
+
+        Raises TransportError that names rank, site, op, step, chunk and peer if the peer died, sent
+        something else, or sent nothing within the transport's time-out.
+        """
+        start = clock()
+        self._landed = max(self._landed, self._wait(step, expect))
+        self._blocked += clock() - start
+
+    def close(self) -> None:
+        """Wait until every payload has left, so that it may be changed or freed."""
+        start = clock()
+        self._close()
+        self._blocked += clock() - start
+        if self._started is not None:
+            traffic = self.transport.traffic
+            traffic.exposed += self._blocked
+            # Sends that this rank had to wait for at the end were in flight longer than its arrivals.
+            traffic.in_flight += max(self._landed - self._started, self._blocked)
+
+    def describe(self, step: int, chunk: int, peer: int) -> str:
+        """Where an operation stands, for messages: site, op, step, chunk, ranks."""
+        return (
+            f"rank {self.transport.rank}: {self.site or 'unnamed site'}: {self.schedule.op} "
+            f"step {step} of {len(self.schedule.steps)}, chunk {chunk}, peer rank {peer}"
+        )
+
+    @abstractmethod
+    def _transfer(self, step: int, sends: Mapping[Send, Tensor], expects: Mapping[Expect, Tensor]) -> None: ...
+
+    @abstractmethod
+    def _wait(self, step: int, expect: Expect) -> float:
+        """Block; return when the chunk landed, on the clock of ``time.perf_counter``."""
+
+    @abstractmethod
+    def _close(self) -> None: ...
+
+    @abstractmethod
+    def _abort(self) -> None:
+        """Stop touching this operation's tensors, at once and without a word to the peers."""
+
+    def __enter__(self) -> "Exchange":
+        return self
+
+    def __exit__(self, kind: type[BaseException] | None, *_: object) -> None:
+        # After a failure the peers are gone or out of step: there is nothing left to wait for.
+        try:
+            if kind is None:
+                self.close()
+                return
+        except BaseException:
+            self._abort()
+            raise
+        self._abort()
+
+
+class Transport(ABC):
+    """Moves chunks between the ranks of one process group.
+
+    ``timeout`` is in seconds. Operations run one after the other or interleaved, but every rank of the
+    group must open them in the same order.
+    """
+
+    name: str
+
+    def __init__(self, rank: int, world: int, timeout: float) -> None:
+        self.rank, self.world, self.timeout = rank, world, timeout
+        self.traffic = Traffic()
+
+    @abstractmethod
+    def open(self, schedule: Schedule, site: str) -> Exchange:
+        """Start one operation. ``site`` names it in messages and reports."""
+
+    @abstractmethod
+    def shutdown(self) -> None:
+        """Free threads and memory. Collective only in that no operation may be under way anywhere."""

@@ -1,0 +1,15 @@
+"""The two ways in which a run ends early for a reason that a person can mend."""
+
+
+class UserError(Exception):
+    """Bad input: a setting, a path, a file. The message is one line that names the culprit and the remedy.
+
+    The command line prints the message alone and exits with code 2.
+    """
+
+
+class TransportError(RuntimeError):
+    """A peer died, stopped answering, or sent something other than the schedule says.
+
+    The message names rank, site, operation, step, chunk and peer. The command line exits with code 1.
+    """
