@@ -1,0 +1,1 @@
+"""Whole models: plain modules that know nothing of parallelism."""

@@ -1,0 +1,106 @@
+"""Apply parallelism to a plain model: ``parallelize(model, mesh, plan)``."""
+
+from collections.abc import Mapping, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
+
+from flashtrain.comm import ops
+from flashtrain.errors import UserError
+from flashtrain.parallel import data, tensor
+from flashtrain.parallel.mesh import DATA, TENSOR
+
+
+def decoder_plan(rows: tensor.Rows) -> dict[str, ParallelStyle]:
+    """Which module of a decoder gets which style, by name; ``*`` stands for any one part of a name."""
+    return {
+        "embedding": tensor.VocabularyParallel(rows),
+        "layers.*.attention_norm": tensor.SequenceParallel(rows),
+        "layers.*.attention.qkv": tensor.ColumnParallel(rows),
+        "layers.*.attention.out": tensor.RowParallel(rows),
+        "layers.*.mlp_norm": tensor.SequenceParallel(rows),
+        "layers.*.mlp.gate_up": tensor.ColumnParallel(rows),
+        "layers.*.mlp.down": tensor.RowParallel(rows),
+        "norm": tensor.SequenceParallel(rows),
+        "head": tensor.ColumnParallel(rows),
+        "loss": tensor.VocabularyParallelLoss(rows),
+    }
+
+
+def parallelize(
+    model: nn.Module,
+    mesh: DeviceMesh,
+    plan: Mapping[str, ParallelStyle] | None = None,
+    units: Sequence[nn.Module] | None = None,
+) -> nn.Module:
+    """Shard ``model`` in place over ``mesh`` with dimensions named ``tensor`` and/or ``data``.
+
+    Every rank must hold the same parameters. ``plan`` maps module names to styles (default: a decoder
+    with the names of ``decoder_plan``); ``model(tokens [S, B], ...)`` takes its tokens first. ``units``
+    are the blocks that data parallelism gathers one at a time (default: ``model.layers``). A dimension
+    of degree 1 changes nothing. Raises UserError for a plan that does not fit the model.
+    """
+    names = mesh.mesh_dim_names or ()
+    if TENSOR in names and mesh[TENSOR].size() > 1:
+        rows = tensor.Rows()
+        parallelize_module(model, mesh[TENSOR], dict(_matched(model, plan or decoder_plan(rows))))
+        for name, module in model.named_modules():
+            if isinstance(module, tensor._OverTensorGroup):
+                module.site = name
+
+        def note_rows(_: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+            rows.total = inputs[0].numel()
+
+        model.register_forward_pre_hook(note_rows)
+    if DATA in names and mesh[DATA].size() > 1:
+        data.shard(model, list(model.layers) if units is None else units, mesh[DATA])
+    return model
+
+
+def _matched(model: nn.Module, plan: Mapping[str, ParallelStyle]) -> dict[str, ParallelStyle]:
+    modules = [name for name, _ in model.named_modules()]
+    matched = {}
+    for pattern, style in plan.items():
+        parts = pattern.split(".")
+        found = [
+            name
+            for name in modules
+            if len(name.split(".")) == len(parts)
+            and all(part in ("*", own) for part, own in zip(parts, name.split("."), strict=True))
+        ]
+        if not found:
+            raise UserError(f"the parallel plan names {pattern}, but the model has no such module")
+        matched |= dict.fromkeys(found, style)
+    return matched
+
+
+def is_tensor_sharded(parameter: Tensor) -> bool:
+    """Whether ranks of the tensor dimension hold different parts of ``parameter``."""
+    if not isinstance(parameter, DTensor) or TENSOR not in (parameter.device_mesh.mesh_dim_names or ()):
+        return False
+    placement = parameter.placements[parameter.device_mesh.mesh_dim_names.index(TENSOR)]  # type: ignore[union-attr]
+    return isinstance(placement, Shard) or placement.is_shard()
+
+
+def sum_replicated_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
+    """Add up, over the tensor dimension, the gradients that saw only this rank's rows: one all-reduce.
+
+    Call it after the last backward pass of a step, before clipping. It changes the gradients of
+    parameters that are not tensor-sharded, in place, to the same bits on every rank of the dimension.
+    """
+    partial = [p.grad for p in model.parameters() if p.grad is not None and not is_tensor_sharded(p)]
+    sum_over_tensor([g.to_local() if isinstance(g, DTensor) else g for g in partial], mesh)
+
+
+def sum_over_tensor(partial: Sequence[Tensor], mesh: DeviceMesh) -> None:
+    """Add up ``partial`` over the ranks of the tensor dimension, in place, as one all-reduce."""
+    if TENSOR not in (mesh.mesh_dim_names or ()) or mesh[TENSOR].size() == 1 or not partial:
+        return
+    group = mesh[TENSOR].get_group().group_name
+    flat = torch.cat([gradient.reshape(-1) for gradient in partial])
+    summed = ops.all_reduce(flat, group, "replicated gradients")
+    for gradient, total in zip(partial, summed.split([g.numel() for g in partial]), strict=True):
+        gradient.copy_(total.view_as(gradient))

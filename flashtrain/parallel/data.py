@@ -1,0 +1,70 @@
+"""Data parallelism: FSDP2 whose all-gather and reduce-scatter are this engine's schedules."""
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule, fully_shard
+from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
+
+from flashtrain.comm import ops
+
+
+class _Allocate:
+    def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
+
+
+class ScheduledAllGather(_Allocate, AllGather):
+    """FSDP2's all-gather of flat parameter shards by the all-gather schedule."""
+
+    def __init__(self, site: str) -> None:
+        self.site = site
+
+    def __call__(
+        self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
+    ) -> None:
+        output_tensor.copy_(ops.all_gather(input_tensor, group.group_name, self.site))
+
+
+class ScheduledReduceScatter(_Allocate, ReduceScatter):
+    """FSDP2's reduce-scatter of flat gradients: partials added in rank order in fp32, rounded once."""
+
+    def __init__(self, site: str) -> None:
+        self.site = site
+
+    def __call__(
+        self,
+        output_tensor: Tensor,
+        input_tensor: Tensor,
+        group: dist.ProcessGroup,
+        op: Any,
+        async_op: bool = False,
+    ) -> None:
+        if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
+            raise NotImplementedError(f"gradients are reduced by sum or mean, not by {op}")
+        scale = 1.0 / group.size() if op == dist.ReduceOp.AVG else 1.0
+        output_tensor.copy_(ops.reduce_scatter(input_tensor, group.group_name, self.site, scale))
+
+
+def shard(model: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh) -> nn.Module:
+    """Apply FSDP2 to ``units`` (blocks, each gathered as one) and to what is left of ``model``.
+
+    ``mesh`` is one-dimensional, the data-parallel ranks. Gradients are means over them. The collectives
+    run in the order of the modules on every rank.
+    """
+    for unit in (*units, model):
+        fully_shard(unit, mesh=mesh)
+    names = {id(module): name or "model" for name, module in model.named_modules()}
+    for unit in (*units, model):
+        assert isinstance(unit, FSDPModule)
+        site = f"{names[id(unit)]} (data)"
+        unit.set_custom_all_gather(ScheduledAllGather(site))
+        unit.set_custom_reduce_scatter(ScheduledReduceScatter(site))
+        # With a plain sum FSDP scales the gradients itself, in its own order of operations; asking for it
+        # keeps the op among the two that this reduce-scatter knows.
+        unit.set_force_sum_reduction_for_comms(True)
+    return model

@@ -1,0 +1,183 @@
+"""Tensor and sequence parallelism as styles for ``torch.distributed.tensor.parallel.parallelize_module``.
+
+Between a row-parallel and the next column-parallel layer the activations are sharded by rows, so norms
+and residual additions see 1/W of the sequence. Activations are ``[sequence, batch, hidden]``; a shard is
+a contiguous block of their flattened rows. Where the sequence divides by W a shard keeps three
+dimensions, ``[sequence/W, batch, hidden]``; where it does not, shards are ``[rows, hidden]`` with the
+rows that ``torch.tensor_split`` gives each rank, and the layers need a ``Rows`` to learn the total.
+
+Parameters become DTensors (``Shard(0)`` column and vocabulary, ``Shard(1)`` row), so FSDP2 and
+torch.distributed.checkpoint compose. Every rank must hold the same full parameters beforehand. What is
+not sharded (norm weights, row biases) sees this rank's rows only: after the backward pass its gradient
+must be summed over the group, see ``flashtrain.parallel.apply.sum_replicated_gradients``.
+"""
+
+from dataclasses import dataclass
+
+
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.tensor import DTensor, Shard
+from torch.distributed.tensor.parallel import ParallelStyle
+
+from flashtrain.comm import ops, transport
+from flashtrain.errors import UserError
+from flashtrain.parallel.loss import vocabulary_parallel_cross_entropy
+
+
+@dataclass
+class Rows:
+    """The rows of the whole activation now in flight, where they cannot be told from a shard."""
+
+    total: int | None = None
+
+
+class _OverTensorGroup:
+    """What a parallelised module knows beside its parameters."""
+
+    group: str
+    rank: int
+    world: int
+    rows: Rows | None
+    site: str = ""
+
+    def _join(self, mesh: DeviceMesh, rows: Rows | None) -> None:
+        process_group = mesh.get_group()
+        self.group, self.rows = process_group.group_name, rows
+        self.rank, self.world = process_group.rank(), process_group.size()
+
+    def _shard_like(self, shard: Tensor, whole: Tensor) -> Tensor:
+        """Give row shard ``[rows, n]`` of ``whole [..., k]`` the dimensions of whole, where they divide."""
+        if whole.dim() > 2 and whole.shape[0] % self.world == 0:
+            return shard.view(whole.shape[0] // self.world, *whole.shape[1:-1], shard.shape[-1])
+        return shard
+
+
+def _local(parameter: Tensor) -> Tensor:
+    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+
+
+class ColumnParallelLinear(_OverTensorGroup, nn.Linear):
+    """``y [S, B, N/W] = AG(x_shard [S/W, B, K]) · w_shard [N/W, K]ᵀ + b_shard``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        total = self.rows.total if self.rows is not None else None
+        flat = x.reshape(-1, x.shape[-1])
+        keep = transport.settings().keep_gather
+        y, _ = ops.all_gather_matmul(flat, _local(self.weight), self.group, self.site, total, keep)
+        if self.bias is not None:
+            y = y + _local(self.bias)
+        return y.view(x.shape[0] * self.world, *x.shape[1:-1], y.shape[-1]) if x.dim() > 2 else y
+
+
+class RowParallelLinear(_OverTensorGroup, nn.Linear):
+    """``y_shard [S/W, B, N] = RS(x [S, B, K/W] · w_shard [N, K/W]ᵀ) + b``."""
+
+    def forward(self, x: Tensor) -> Tensor:
+        flat = x.reshape(-1, x.shape[-1])
+        y = ops.matmul_reduce_scatter(flat, _local(self.weight), self.group, self.site)
+        if self.bias is not None:
+            y = y + self.bias
+        return self._shard_like(y, x)
+
+
+class VocabularyParallelEmbedding(_OverTensorGroup, nn.Embedding):
+    """Rows of the table are sharded; ``tokens [S, B]`` (the same on every rank) -> ``[S/W, B, H]``.
+
+    Exactly one rank contributes a row that is not zero, so the sum is exact.
+    """
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        table = _local(self.weight)
+        index = tokens.reshape(-1) - self.rank * table.shape[0]
+        elsewhere = (index < 0) | (index >= table.shape[0])
+        found = nn.functional.embedding(index.masked_fill(elsewhere, 0), table)
+        partial = found.masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        shard = ops.reduce_scatter(partial, self.group, self.site)
+        return self._shard_like(shard, tokens.unsqueeze(-1))
+
+
+class VocabularyParallelCrossEntropy(_OverTensorGroup, nn.Module):
+    """Cross-entropy over logits whose vocabulary is sharded; the loss is the same on every rank."""
+
+    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
+        return vocabulary_parallel_cross_entropy(logits, targets, self.group, self.site)
+
+
+@dataclass
+class _Style(ParallelStyle):
+    rows: Rows | None = None
+
+    def _convert(self, module: nn.Module, wanted: type, becomes: type, mesh: DeviceMesh) -> None:
+        if not isinstance(module, wanted):
+            raise UserError(f"{type(self).__name__} applies to {wanted.__name__}, not to {type(module).__name__}")
+        # The module keeps its parameters, hooks and name; only what forward does changes.
+        module.__class__ = becomes
+        module._join(mesh, self.rows)  # type: ignore[operator]
+
+
+def _shard(module: nn.Module, name: str, dim: int, mesh: DeviceMesh) -> None:
+    parameter = module.get_parameter(name)
+    world, rank = mesh.size(), mesh.get_local_rank()
+    if parameter.shape[dim] % world:
+        raise UserError(
+            f"dimension {dim} of {name} {list(parameter.shape)} of {type(module).__name__} does not divide "
+            f"by the tensor-parallel degree {world}"
+        )
+    local = parameter.detach().chunk(world, dim)[rank].contiguous()
+    sharded = DTensor.from_local(local, mesh, [Shard(dim)], run_check=False)
+    setattr(module, name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
+
+
+class ColumnParallel(_Style):
+    """Shard an ``nn.Linear`` by output features; its input is sharded by rows, its output is not."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        self._convert(module, nn.Linear, ColumnParallelLinear, device_mesh)
+        _shard(module, "weight", 0, device_mesh)
+        if module.bias is not None:
+            _shard(module, "bias", 0, device_mesh)
+        return module
+
+
+class RowParallel(_Style):
+    """Shard an ``nn.Linear`` by input features; its output is sharded by rows. The bias is replicated."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        self._convert(module, nn.Linear, RowParallelLinear, device_mesh)
+        _shard(module, "weight", 1, device_mesh)
+        return module
+
+
+class VocabularyParallel(_Style):
+    """Shard an ``nn.Embedding`` by vocabulary; its output is sharded by rows."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        self._convert(module, nn.Embedding, VocabularyParallelEmbedding, device_mesh)
+        _shard(module, "weight", 0, device_mesh)
+        return module
+
+
+class VocabularyParallelLoss(_Style):
+    """Replace a module ``loss(logits, targets)`` by one whose logits are sharded by vocabulary."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        self._convert(module, nn.Module, VocabularyParallelCrossEntropy, device_mesh)
+        return module
+
+
+class SequenceParallel(_Style):
+    """Run a module (a norm, dropout) on row shards. Its parameters stay whole on every rank."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        return module
+
+
+__all__ = [
+    "ColumnParallel",
+    "RowParallel",
+    "Rows",
+    "SequenceParallel",
+    "VocabularyParallel",
+    "VocabularyParallelLoss",
+]
