@@ -1,0 +1,6 @@
+"""Checkpoints that survive a kill at any moment and load on any mesh: sharded safetensors and a manifest."""
+
+from flashtrain.checkpoint.manifest import FileEntry, Manifest, TensorEntry
+from flashtrain.checkpoint.store import CheckpointStore
+
+__all__ = ["CheckpointStore", "FileEntry", "Manifest", "TensorEntry"]
