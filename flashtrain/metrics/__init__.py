@@ -1,0 +1,14 @@
+"""What a run measures: FLOPs against the hardware's peak, memory, and one record a step."""
+
+from flashtrain.metrics.flops import peak_flops, training_flops_per_token
+from flashtrain.metrics.memory import current_memory, peak_memory, reset_peak_memory
+from flashtrain.metrics.report import StepMetrics
+
+__all__ = [
+    "StepMetrics",
+    "current_memory",
+    "peak_flops",
+    "peak_memory",
+    "reset_peak_memory",
+    "training_flops_per_token",
+]
