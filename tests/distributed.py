@@ -20,7 +20,7 @@ _context.set_forkserver_preload(["torch", "torch.distributed", "torch.distribute
 
 
 def _rank_main(
-    fn: Callable[..., Any], rank: int, world: int, store: str, args: tuple[Any, ...], results: Any
+    fn: Callable[..., Any], rank: int, world: int, store: str, args: tuple[Any, ...], results: Any, received: Any
 ) -> None:
     torch.set_num_threads(1)
     os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
@@ -29,7 +29,8 @@ def _rank_main(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
         )
         results.put((rank, True, fn(rank, world, *args)))
-        dist.barrier()
+        # Tensors travel as file descriptors, which this process must hand over while it lives.
+        received.wait(60)
         dist.destroy_process_group()
     except BaseException:
         results.put((rank, False, traceback.format_exc()))
@@ -45,10 +46,10 @@ def run_distributed(fn: Callable[..., Any], world: int, *args: Any, timeout: flo
     is raised as AssertionError; ranks still alive after ``timeout`` seconds are killed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        results = _context.Queue()
+        results, received = _context.Queue(), _context.Event()
         store = os.path.join(folder, "store")
         ranks = [
-            _context.Process(target=_rank_main, args=(fn, rank, world, store, args, results), daemon=True)
+            _context.Process(target=_rank_main, args=(fn, rank, world, store, args, results, received))
             for rank in range(world)
         ]
         for process in ranks:
@@ -59,6 +60,7 @@ def run_distributed(fn: Callable[..., Any], world: int, *args: Any, timeout: flo
                 rank, fine, value = results.get(timeout=timeout)
                 assert fine, f"rank {rank} of {world} failed:\n{value}"
                 returned[rank] = value
+            received.set()
             for process in ranks:
                 process.join(timeout=30)
         finally:

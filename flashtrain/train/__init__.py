@@ -1,0 +1,1 @@
+"""Loop, step and side effects of training, each apart from the others."""

@@ -1,0 +1,62 @@
+"""Joining the ranks of a run, and saying who they are."""
+
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from datetime import timedelta
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from flashtrain.comm import transport
+from flashtrain.parallel.mesh import DATA, TENSOR
+
+
+@contextmanager
+def joined(timeout: float) -> Iterator[torch.device]:
+    """Initialise the default process group; yields this rank's device.
+
+    Under torchrun the ranks it started are used, otherwise this process is the only rank.
+    """
+    launched = "RANK" in os.environ
+    device = torch.device("cpu")
+    if torch.cuda.is_available():
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        torch.cuda.set_device(device)
+    dist.init_process_group(
+        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
+        timeout=timedelta(seconds=timeout),
+        **({} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}),
+    )
+    try:
+        yield device
+    finally:
+        transport.shutdown()
+        dist.destroy_process_group()
+
+
+def log_to_stderr() -> None:
+    """Show this package's log on stderr: all of rank 0, of other ranks warnings alone, with the rank."""
+    logger = logging.getLogger("flashtrain")
+    rank = dist.get_rank()
+    if not logger.handlers:
+        handler = logging.StreamHandler(sys.stderr)
+        prefix = "" if rank == 0 else f"rank {rank}: "
+        handler.setFormatter(logging.Formatter(f"[%(name)s] {prefix}%(message)s"))
+        logger.addHandler(handler)
+    logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
+
+
+def describe(mesh: DeviceMesh, device: torch.device) -> str:
+    """Who computes and what moves the bytes, in one line. Collective: it chooses the transports."""
+    parts = []
+    for dimension in (TENSOR, DATA):
+        ranks = mesh[dimension]
+        if ranks.size() > 1:
+            mover = transport.of(ranks.get_group().group_name, device)
+            parts.append(f"{dimension} parallel over {ranks.size()} ranks by {mover.name}")
+    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    return f"{' and '.join(parts) or 'one rank'} ({where} a rank)"

@@ -1,0 +1,53 @@
+"""The settings of a run that belong to the loop itself."""
+
+from dataclasses import dataclass
+from typing import Literal
+
+from flashtrain.errors import UserError
+
+
+@dataclass(frozen=True, kw_only=True)
+class Training:
+    """What is trained, for how long.
+
+    ``batch`` counts the sequences of a step over all ranks; each rank runs its share in ``accumulate``
+    micro-batches. ``evaluate_every`` steps, 0: at the end alone, on ``evaluation_windows`` sequences.
+    """
+
+    steps: int = 1000
+    seed: int = 0
+    dtype: Literal["float32", "bfloat16"] = "float32"
+    batch: int = 8
+    sequence: int = 128
+    accumulate: int = 1
+    evaluate_every: int = 0
+    evaluation_windows: int = 256
+
+    def validate(self, data_degree: int) -> None:
+        """Raise UserError for a value out of range, or a batch that the ranks cannot share."""
+        for name in ("steps", "batch", "sequence", "accumulate", "evaluation_windows"):
+            if getattr(self, name) < 1:
+                raise UserError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
+        for name in ("seed", "evaluate_every"):
+            if getattr(self, name) < 0:
+                raise UserError(f"train.{name} is {getattr(self, name)}; it must not be negative")
+        if self.batch % (data_degree * self.accumulate):
+            raise UserError(
+                f"train.batch is {self.batch}; parallel.data {data_degree} x train.accumulate "
+                f"{self.accumulate} must divide it"
+            )
+
+
+@dataclass(frozen=True, kw_only=True)
+class Checkpointing:
+    """Save each ``every`` steps (0: never in between) and after the last one; the last ``keep`` stay."""
+
+    every: int = 100
+    keep: int = 2
+
+    def validate(self) -> None:
+        """Raise UserError for a value out of range."""
+        if self.every < 0:
+            raise UserError(f"checkpoint.every is {self.every}; it must not be negative")
+        if self.keep < 1:
+            raise UserError(f"checkpoint.keep is {self.keep}; it must be at least 1")

@@ -1,0 +1,92 @@
+"""What a checkpoint of a run holds, and how it comes back."""
+
+import logging
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+
+from flashtrain import config as configs
+from flashtrain.checkpoint import CheckpointStore, Manifest
+from flashtrain.errors import UserError
+from flashtrain.models.decoder import Decoder
+from flashtrain.train.optimizer import AdamW
+
+log = logging.getLogger("flashtrain.train")
+
+CHECKPOINTS = "checkpoints"
+
+
+def _tensors(model: nn.Module, optimizer: AdamW) -> dict[str, dict[str, Tensor]]:
+    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
+    return {"model": weights, "optimizer": optimizer.state()}
+
+
+def save(
+    store: CheckpointStore, step: int, model: nn.Module, optimizer: AdamW, config: Any, callbacks: list[Any]
+) -> Path:
+    """Write weights, moments, RNG states, the config and what callbacks keep. Collective.
+
+    The step is the data position too: samples are numbered over the whole run.
+    """
+    meta = {"config": configs.to_dict(config), "callbacks": callbacks}
+    rng = {"cpu": torch.get_rng_state().numpy().tobytes().hex()}
+    if torch.cuda.is_available():
+        rng["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
+    return store.save(step, _tensors(model, optimizer), meta, rng)
+
+
+def restore(store: CheckpointStore, path: Path, model: nn.Module, optimizer: AdamW) -> Manifest:
+    """Fill ``model`` and ``optimizer`` in place, on any mesh, and set the RNG states. Collective."""
+    manifest = store.load(path, _tensors(model, optimizer))
+    world, rank = dist.get_world_size(), dist.get_rank()
+    if len(manifest.rank_meta) == world:
+        states = manifest.rank_meta[rank]
+        torch.set_rng_state(_rng_state(states["cpu"]))
+        if "cuda" in states and torch.cuda.is_available():
+            torch.cuda.set_rng_state(_rng_state(states["cuda"]))
+    else:
+        log.info(
+            "the checkpoint was saved by %d ranks: RNG states start anew on %d", len(manifest.rank_meta), world
+        )
+    return manifest
+
+
+def _rng_state(text: str) -> Tensor:
+    return torch.frombuffer(bytearray.fromhex(text), dtype=torch.uint8)
+
+
+def changes(before: Any, now: Any, key: str = "") -> list[str]:
+    """What differs between two configs as ``to_dict`` gives them, one "key: before -> now" each."""
+    if isinstance(before, dict) and isinstance(now, dict):
+        names = [*before, *(name for name in now if name not in before)]
+        return [c for n in names for c in changes(before.get(n), now.get(n), f"{key}.{n}" if key else n)]
+    return [] if before == now else [f"{key}: {before} -> {now}"]
+
+
+def find(path: Path) -> Path:
+    """The checkpoint that ``path`` means: itself, or the latest of a run's directory.
+
+    Raises UserError if there is none.
+    """
+    for folder in (path, path / CHECKPOINTS):
+        if (folder / "manifest.json").is_file():
+            return folder
+        if folder.is_dir() and (latest := CheckpointStore(folder).latest()) is not None:
+            return latest
+    raise UserError(f"there is no checkpoint in {path}: give a checkpoint or the --out of a run")
+
+
+def load_model(path: Path) -> tuple[Decoder, dict[str, Any]]:
+    """The whole model of checkpoint ``path`` on this process, and the config of the run that saved it.
+
+    For a process without torch.distributed. Raises UserError if the checkpoint is damaged.
+    """
+    store = CheckpointStore(path.parent)
+    config = store.read_manifest(path).meta["config"]
+    model = Decoder(configs.from_dict(Decoder.Config, config["model"]))
+    model.to(getattr(torch, config["train"]["dtype"]))
+    store.load(path, {"model": {name: p.detach() for name, p in model.named_parameters()}})
+    return model.eval(), config

@@ -1,0 +1,219 @@
+"""The training loop: what runs in which order. The step, side effects and storage stand beside it."""
+
+import logging
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flashtrain import config as configs
+from flashtrain.checkpoint import CheckpointStore
+from flashtrain.comm import transport
+from flashtrain.comm.transport.base import clock
+from flashtrain.data import ByteTokenizer, Corpus, Windows, evaluation_windows, unigram_entropy
+from flashtrain.errors import TransportError, UserError
+from flashtrain.metrics import StepMetrics, peak_flops, peak_memory, training_flops_per_token
+from flashtrain.models.decoder import Decoder
+from flashtrain.parallel import mesh as meshes
+from flashtrain.parallel.apply import parallelize
+from flashtrain.parallel.mesh import DATA, Degrees
+from flashtrain.train import ranks, snapshot
+from flashtrain.train.callbacks import Callback, ProgressBar, Run
+from flashtrain.train.optimizer import AdamW
+from flashtrain.train.settings import Checkpointing, Training
+from flashtrain.train.sinks import JsonLines, LossPlot, TensorBoard
+from flashtrain.train.step import Batch, StepResult, TrainStep, mean_over_data
+from flashtrain.train.summary import Summary
+
+log = logging.getLogger("flashtrain.train")
+
+CONFIG = "config.toml"
+
+
+class Trainer:
+    """Trains a decoder on text. Made and run once, on every rank."""
+
+    @dataclass(frozen=True, kw_only=True)
+    class Config:
+        """All that decides what a run computes. ``parallel`` and ``comm`` only decide how."""
+
+        model: Decoder.Config = field(default_factory=Decoder.Config)
+        data: Corpus.Config = field(default_factory=Corpus.Config)
+        train: Training = field(default_factory=Training)
+        optimizer: AdamW.Config = field(default_factory=AdamW.Config)
+        parallel: Degrees = field(default_factory=Degrees)
+        comm: transport.Settings = field(default_factory=transport.Settings)
+        checkpoint: Checkpointing = field(default_factory=Checkpointing)
+
+        def validate(self) -> None:
+            """Raise UserError for settings that cannot work, before any rank starts."""
+            self.parallel.validate()
+            self.model.validate(self.parallel.tensor)
+            self.train.validate(self.parallel.data)
+            self.optimizer.validate()
+            self.comm.validate()
+            self.checkpoint.validate()
+            tokenizer = ByteTokenizer()
+            if self.model.vocabulary < tokenizer.vocab_size:
+                raise UserError(
+                    f"model.vocabulary is {self.model.vocabulary}; the tokenizer has {tokenizer.vocab_size} tokens"
+                )
+            corpus = Corpus(self.data, tokenizer)
+            for split in ("train", "held_out"):
+                evaluation_windows(corpus.split(split), self.train.sequence, 1)
+
+    def __init__(self, config: Config, out: Path) -> None:
+        self.config, self.out = config, Path(out)
+
+    def run(self) -> None:
+        """Train to the last step, going on from the latest checkpoint in ``out`` if there is one.
+
+        Raises UserError for bad input and TransportError if a peer fails.
+        """
+        with ranks.joined(self.config.comm.timeout) as device:
+            ranks.log_to_stderr()
+            transport.configure(self.config.comm)
+            self._build(device)
+            first_step, states = self._resume()
+            callbacks = self._callbacks(states)
+            run = self._describe(first_step)
+            try:
+                for callback in callbacks:
+                    callback.on_start(run)
+                measured, held_out = self._loop(first_step, callbacks)
+            finally:
+                for callback in callbacks:
+                    callback.on_end(run)
+            latest = self.store.latest()
+        if callbacks and latest is not None:
+            Summary(self.out, latest, held_out, self.unigram_entropy, measured).show()
+
+    def _build(self, device: torch.device) -> None:
+        config, train = self.config, self.config.train
+        self.device = device
+        self.mesh = meshes.build(config.parallel, device.type)
+        self.corpus = Corpus(config.data, ByteTokenizer())
+        self.samples = Windows(self.corpus.split("train"), train.sequence, train.seed)
+        held_out = self.corpus.split("held_out")
+        self.unigram_entropy = unigram_entropy(held_out)
+        self.held_out = self._evaluation_batches(held_out)
+
+        self.model = Decoder(config.model, torch.Generator().manual_seed(train.seed))
+        self.parameter_count = self.model.parameter_count()
+        self.flops_per_token = training_flops_per_token(
+            self.model.parameter_count(embedding=False), config.model.layers, train.sequence, config.model.hidden
+        )
+        dtype = getattr(torch, train.dtype)
+        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+        self.peak = peak_flops(name, dtype)
+        self.model.to(device=device, dtype=dtype)
+        parallelize(self.model, self.mesh)
+        self.optimizer = AdamW(self.model, self.mesh, config.optimizer)
+        self.step = TrainStep(self.model, self.mesh, self.optimizer)
+        self.store = CheckpointStore(self.out / snapshot.CHECKPOINTS, keep=config.checkpoint.keep)
+
+    def _resume(self) -> tuple[int, list[dict]]:
+        path = self.store.latest()
+        if path is None:
+            return 1, []
+        manifest = snapshot.restore(self.store, path, self.model, self.optimizer)
+        log.info("resuming after step %d from %s", manifest.step, path)
+        for change in snapshot.changes(manifest.meta["config"], configs.to_dict(self.config)):
+            log.warning("setting differs from the checkpoint's: %s", change)
+        return manifest.step + 1, manifest.meta["callbacks"]
+
+    def _callbacks(self, states: list[dict]) -> list[Callback]:
+        if dist.get_rank() != 0:
+            return []
+        callbacks = [ProgressBar(), JsonLines(), TensorBoard(), LossPlot(self.unigram_entropy)]
+        for callback, state in zip(callbacks, states, strict=False):
+            callback.load_state_dict(state)
+        return callbacks
+
+    def _describe(self, first_step: int) -> Run:
+        description = (
+            f"{self.parameter_count / 1e6:.2f} M parameters; {ranks.describe(self.mesh, self.device)}; "
+            f"{self.corpus.describe()}"
+        )
+        if dist.get_rank() == 0:
+            self.out.mkdir(parents=True, exist_ok=True)
+            configs.save(self.config, self.out / CONFIG)
+        text = (self.out / CONFIG).read_text() if dist.get_rank() == 0 else ""
+        return Run(self.out, first_step, self.config.train.steps, text, description)
+
+    def _loop(self, first_step: int, callbacks: list[Callback]) -> tuple[list[StepMetrics], float]:
+        train, every = self.config.train, self.config.checkpoint.every
+        measured: list[StepMetrics] = []
+        held_out = self._evaluate() if first_step > train.steps else float("nan")
+        for step in range(first_step, train.steps + 1):
+            started = clock()
+            rate = self.config.optimizer.learning_rate_at(step, train.steps)
+            try:
+                result = self.step(step, rate, self._batches(step))
+            except TransportError as error:
+                raise TransportError(f"training step {step}: {error}") from error
+            metrics = self._measure(step, rate, result, clock() - started)
+            measured.append(metrics)
+            for callback in callbacks:
+                callback.on_step(metrics)
+            last = step == train.steps
+            if last or (train.evaluate_every and step % train.evaluate_every == 0):
+                held_out = self._evaluate()
+                for callback in callbacks:
+                    callback.on_evaluate(step, held_out)
+            if last or (every and step % every == 0):
+                states = [callback.state_dict() for callback in callbacks]
+                snapshot.save(self.store, step, self.model, self.optimizer, self.config, states)
+        return measured, held_out
+
+    def _batches(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of ``step``. Samples are numbered over the whole run and all ranks."""
+        train = self.config.train
+        share = train.batch // self.config.parallel.data
+        size = share // train.accumulate
+        first = (step - 1) * train.batch + self.mesh[DATA].get_local_rank() * share
+        return [self._on_device(*self.samples.batch(first + i * size, size)) for i in range(train.accumulate)]
+
+    def _on_device(self, tokens: Tensor, targets: Tensor) -> Batch:
+        """``[B, S]`` as the sampler gives it -> ``[S, B]`` as the model takes it."""
+        return tokens.t().contiguous().to(self.device), targets.t().contiguous().to(self.device)
+
+    def _evaluation_batches(self, held_out) -> list[Batch]:  # type: ignore[no-untyped-def]
+        """This data rank's share of the held-out windows, in batches of the training step's size."""
+        train, degree = self.config.train, self.config.parallel.data
+        tokens, targets = evaluation_windows(held_out, train.sequence, train.evaluation_windows)
+        share = max(1, len(tokens) // degree)
+        size = train.batch // (degree * train.accumulate)
+        first = self.mesh[DATA].get_local_rank() * share
+        mine = [part[first : first + share].split(size) for part in (tokens, targets)]
+        return [self._on_device(*batch) for batch in zip(*mine, strict=True)]
+
+    @torch.no_grad()
+    def _evaluate(self) -> float:
+        """Held-out loss in nats per token over the windows of all data ranks."""
+        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
+        for tokens, targets in self.held_out:
+            total += self.model(tokens, targets).double() * tokens.shape[1]
+            count += tokens.shape[1]
+        return float(mean_over_data(total / count, self.mesh))
+
+    def _measure(self, step: int, rate: float, result: StepResult, seconds: float) -> StepMetrics:
+        tokens = self.config.train.batch * self.config.train.sequence
+        flops = tokens * self.flops_per_token / dist.get_world_size() / seconds
+        return StepMetrics(
+            step=step,
+            loss=result.loss,
+            grad_norm=result.grad_norm,
+            learning_rate=rate,
+            tokens=step * tokens,
+            tokens_per_s=tokens / seconds,
+            tflops_per_s=flops / 1e12,
+            mfu=None if self.peak is None else flops / self.peak,
+            overlap=result.overlap,
+            exposed_s=result.exposed,
+            overhead=1.0 - result.arithmetic / seconds,
+            memory_bytes=peak_memory(self.device),
+            step_s=seconds,
+        )
