@@ -10,7 +10,7 @@ from flashtrain.train.trainer import Trainer
 
 
 def demo() -> Trainer.Config:
-    """Minutes on two CPU cores: 2.5 M parameters on the standard library's sources, tensor parallel over 2."""
+    """Minutes on two CPU cores: 2.5 M parameters, the standard library's sources, tensor parallel over 2."""
     return Trainer.Config(
         model=Decoder.Config(hidden=192, layers=6, heads=6, kv_heads=2, mlp_width=512),
         train=Training(steps=1000, batch=8, sequence=128, evaluate_every=250),

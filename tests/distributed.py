@@ -20,10 +20,18 @@ _context.set_forkserver_preload(["torch", "torch.distributed", "torch.distribute
 
 
 def _rank_main(
-    fn: Callable[..., Any], rank: int, world: int, store: str, args: tuple[Any, ...], results: Any, received: Any
+    fn: Callable[..., Any],
+    rank: int,
+    world: int,
+    store: str,
+    args: tuple[Any, ...],
+    results: Any,
+    received: Any,
 ) -> None:
     torch.set_num_threads(1)
-    os.environ.update(RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world))
+    os.environ.update(
+        RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world)
+    )
     try:
         dist.init_process_group(
             "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)

@@ -21,9 +21,8 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 
-from flashtrain.comm import overlap, schedule, transport
+from flashtrain.comm import groups, overlap, schedule, transport
 from flashtrain.comm.schedule import Expect, Schedule, Send, split_rows
 from flashtrain.comm.transport.base import clock
 from flashtrain.errors import UserError
@@ -47,7 +46,7 @@ def _product(x: Tensor, w: Tensor, out: Tensor) -> None:
 
 def _rows_per_rank(shard: Tensor, group: str, rows: int | None) -> tuple[int, ...]:
     """How many rows each rank holds; raises UserError if the local shard does not fit."""
-    process_group = _resolve_process_group(group)
+    process_group = groups.resolve(group)
     world, rank = process_group.size(), process_group.rank()
     counts = split_rows(world * shard.shape[0] if rows is None else rows, world)
     if counts[rank] != shard.shape[0]:
@@ -71,7 +70,7 @@ def _check_operands(x: Tensor, w: Tensor) -> None:
 def _plan(op: str, counts: tuple[int, ...], group: str) -> Schedule:
     chosen = transport.settings()
     build = schedule.all_gather if op == "all_gather" else schedule.reduce_scatter
-    return build(counts, _resolve_process_group(group).rank(), kind=chosen.kind, subchunks=chosen.subchunks)
+    return build(counts, groups.resolve(group).rank(), kind=chosen.kind, subchunks=chosen.subchunks)
 
 
 def _rows(plan: Schedule, chunk: int) -> slice:
@@ -168,7 +167,7 @@ def reduce_scatter(x: Tensor, group: str, site: str = "", scale: float = 1.0) ->
     The fp32 sum is multiplied by ``scale`` before it is rounded (1/W makes a mean). Backward is
     all-gather. Raises TransportError if a peer fails.
     """
-    world = _resolve_process_group(group).size()
+    world = groups.resolve(group).size()
     plan = _plan("reduce_scatter", split_rows(x.shape[0], world), group)
     flat = x.reshape(x.shape[0], -1) if x.numel() else x.new_empty(x.shape[0], x[:1].numel())
 
@@ -181,7 +180,12 @@ def reduce_scatter(x: Tensor, group: str, site: str = "", scale: float = 1.0) ->
 
 @torch.library.custom_op("flashtrain::all_gather_matmul", mutates_args=(), tags=_TAGS)
 def all_gather_matmul(
-    x_shard: Tensor, w_shard: Tensor, group: str, site: str = "", rows: int | None = None, keep_gather: bool = False
+    x_shard: Tensor,
+    w_shard: Tensor,
+    group: str,
+    site: str = "",
+    rows: int | None = None,
+    keep_gather: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """``y [M, N/W] = AG(x_shard [M/W, K]) · w_shard [N/W, K]ᵀ``; returns ``(y, x_full [M, K])``.
 
@@ -232,7 +236,7 @@ def matmul_reduce_scatter(x: Tensor, w_shard: Tensor, group: str, site: str = ""
     Raises UserError for operands that do not multiply, TransportError if a peer fails.
     """
     _check_operands(x, w_shard)
-    world = _resolve_process_group(group).size()
+    world = groups.resolve(group).size()
     plan = _plan("reduce_scatter", split_rows(x.shape[0], world), group)
 
     def partial(chunk: int, out: Tensor) -> None:
@@ -256,7 +260,12 @@ def _(x: Tensor, group: str, site: str = "", scale: float = 1.0) -> Tensor:
 
 @all_gather_matmul.register_fake
 def _(
-    x_shard: Tensor, w_shard: Tensor, group: str, site: str = "", rows: int | None = None, keep_gather: bool = False
+    x_shard: Tensor,
+    w_shard: Tensor,
+    group: str,
+    site: str = "",
+    rows: int | None = None,
+    keep_gather: bool = False,
 ) -> tuple[Tensor, Tensor]:
     gathered = _gathered_rows(x_shard, group, rows)
     return x_shard.new_empty(gathered, w_shard.shape[0]), x_shard.new_empty(gathered, x_shard.shape[1])
@@ -273,13 +282,13 @@ def _(x: Tensor, w_shard: Tensor, group: str, site: str = "") -> Tensor:
 
 
 def _gathered_rows(x_shard: Tensor, group: str, rows: int | None) -> int:
-    return x_shard.shape[0] * _resolve_process_group(group).size() if rows is None else rows
+    return x_shard.shape[0] * groups.resolve(group).size() if rows is None else rows
 
 
 def _own_rows(x: Tensor, group: str) -> int:
-    process_group = _resolve_process_group(group)
+    process_group = groups.resolve(group)
     world, rank = process_group.size(), process_group.rank()
-    return (x.shape[0] + world - 1 - rank) // world   # torch.tensor_split: the first M mod W get one more
+    return (x.shape[0] + world - 1 - rank) // world  # torch.tensor_split: the first M mod W get one more
 
 
 # Gradients. Each op's backward is the op of the other kind.

@@ -139,7 +139,7 @@ class Schedule:
         computes, waits for what is to be added to the chunk, then starts its transfers.
         """
         arriving: dict[int, list[Expect]] = {}
-        for index, step in enumerate(self.steps):
+        for step in self.steps:
             for expect in step.expects:
                 arriving.setdefault(expect.chunk, []).append(expect)
         for index, step in enumerate(self.steps):
@@ -199,7 +199,7 @@ def _build(op: Operation, kind: Kind, rows: tuple[int, ...], rank: int, subchunk
                     compute = chunk(rank - i)
                     sends = [Send(chunk(rank - i), (rank + 1) % world, (rank - i) % world)]
                     expects = [Expect(chunk(rank - i - 1), (rank - 1) % world, (rank - i - 1) % world)]
-                case ("reduce_scatter" | "all_to_all"), "direct":
+                case (("reduce_scatter" | "all_to_all"), "direct"):
                     compute = chunk(rank + 1 + i)
                     sends = [Send(compute, (rank + 1 + i) % world, rank)]
                     expects = [Expect(chunk(rank), (rank - 1 - i) % world, (rank - 1 - i) % world)]
@@ -213,7 +213,9 @@ def _build(op: Operation, kind: Kind, rows: tuple[int, ...], rank: int, subchunk
     return Schedule(op, kind, world, rank, subchunks, _cut(rows, subchunks), tuple(steps))
 
 
-def all_gather(rows_per_rank: Sequence[int], rank: int, *, kind: Kind = "direct", subchunks: int = 1) -> Schedule:
+def all_gather(
+    rows_per_rank: Sequence[int], rank: int, *, kind: Kind = "direct", subchunks: int = 1
+) -> Schedule:
     """Schedule of all-gather followed by a product: the own chunk is computed first.
 
     ``rows_per_rank[c]`` is the number of rows that rank c holds; zero is allowed. Rows are those of the
@@ -237,7 +239,9 @@ def reduce_scatter(
     return _build("reduce_scatter", kind, tuple(rows_per_rank), rank, subchunks)
 
 
-def all_to_all(rows_per_rank: Sequence[int], rank: int, *, kind: Kind = "direct", subchunks: int = 1) -> Schedule:
+def all_to_all(
+    rows_per_rank: Sequence[int], rank: int, *, kind: Kind = "direct", subchunks: int = 1
+) -> Schedule:
     """Schedule of a product followed by all-to-all: the block that stays here is computed last.
 
     ``rows_per_rank[c]`` is the number of rows in the block for rank c, the same on every rank; zero is

@@ -52,7 +52,7 @@ class Decoder(nn.Module):
             return self.hidden // self.heads
 
         def validate(self, tensor_degree: int = 1) -> None:
-            """Raise UserError for sizes that do not fit together or that ``tensor_degree`` does not divide."""
+            """Raise UserError for sizes that do not fit together, or do not divide by ``tensor_degree``."""
             for name in ("vocabulary", "hidden", "layers", "heads", "kv_heads", "mlp_width"):
                 if getattr(self, name) < 1:
                     raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
@@ -60,7 +60,9 @@ class Decoder(nn.Module):
             _must_divide("model.heads", self.heads, "model.kv_heads", self.kv_heads)
             _must_divide("model.mlp_width", self.mlp_width, "the packing of gate and up rows,", PACKING)
             if self.head_dim % 2:
-                raise UserError(f"model.hidden / model.heads is {self.head_dim}; rotary positions need it even")
+                raise UserError(
+                    f"model.hidden / model.heads is {self.head_dim}; rotary positions need it even"
+                )
             for name, parts in (
                 ("model.kv_heads", self.kv_heads),
                 ("model.vocabulary", self.vocabulary),
@@ -80,19 +82,19 @@ class Decoder(nn.Module):
         self._initialise(generator)
 
     def _initialise(self, generator: torch.Generator | None) -> None:
-        # GPT-2's scheme: N(0, 0.02), the two projections that write to the residual stream divided by
-        # sqrt(2 L), so that its variance does not grow with depth.
+        # N(0, 2 / (5 hidden)) (arXiv 1910.05895, section 2.2), which fits wide and narrow models; the two
+        # projections that write to the residual stream are divided by sqrt(2 L), as in GPT-2, so that its
+        # variance does not grow with depth.
+        deviation = (2 / (5 * self.config.hidden)) ** 0.5
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2 and not parameter.is_meta:
                 writes_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
                 scale = (2 * self.config.layers) ** -0.5 if writes_residual else 1.0
-                nn.init.normal_(parameter, std=0.02 * scale, generator=generator)
+                nn.init.normal_(parameter, std=deviation * scale, generator=generator)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """``tokens [S, B]`` -> logits ``[S, B, V]``, or with ``targets [S, B]`` the mean loss in nats."""
-        rotary = rotary_table(
-            tokens.shape[0], self.config.head_dim, self.config.rope_theta, tokens.device
-        )
+        rotary = rotary_table(tokens.shape[0], self.config.head_dim, self.config.rope_theta, tokens.device)
         x = self.embedding(tokens)
         for layer in self.layers:
             x = layer(x, rotary)

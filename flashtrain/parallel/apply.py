@@ -56,13 +56,15 @@ def parallelize(
 
         model.register_forward_pre_hook(note_rows)
     if DATA in names and mesh[DATA].size() > 1:
-        data.shard(model, list(model.layers) if units is None else units, mesh[DATA])
+        data.shard(
+            model, list(model.get_submodule("layers").children()) if units is None else units, mesh[DATA]
+        )
     return model
 
 
 def _matched(model: nn.Module, plan: Mapping[str, ParallelStyle]) -> dict[str, ParallelStyle]:
     modules = [name for name, _ in model.named_modules()]
-    matched = {}
+    matched: dict[str, ParallelStyle] = {}
     for pattern, style in plan.items():
         parts = pattern.split(".")
         found = [

@@ -4,15 +4,14 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch.distributed.distributed_c10d import _resolve_process_group
 
-from flashtrain.comm import ops
+from flashtrain.comm import groups, ops
 
 
 class _VocabularyParallelCrossEntropy(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, logits: Tensor, targets: Tensor, group: str, site: str) -> Tensor:
-        process_group = _resolve_process_group(group)
+        process_group = groups.resolve(group)
         rank, world = process_group.rank(), process_group.size()
         rows, width = logits.shape
         wide = logits.float()

@@ -14,7 +14,6 @@ must be summed over the group, see ``flashtrain.parallel.apply.sum_replicated_gr
 
 from dataclasses import dataclass
 
-
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -110,7 +109,9 @@ class _Style(ParallelStyle):
 
     def _convert(self, module: nn.Module, wanted: type, becomes: type, mesh: DeviceMesh) -> None:
         if not isinstance(module, wanted):
-            raise UserError(f"{type(self).__name__} applies to {wanted.__name__}, not to {type(module).__name__}")
+            raise UserError(
+                f"{type(self).__name__} applies to {wanted.__name__}, not to {type(module).__name__}"
+            )
         # The module keeps its parameters, hooks and name; only what forward does changes.
         module.__class__ = becomes
         module._join(mesh, self.rows)  # type: ignore[operator]

@@ -60,13 +60,18 @@ class AdamW:
         self.config, self.mesh = config, mesh
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         self._locals = {name: _local(p.detach()) for name, p in self.parameters.items()}
-        self._masters = {name: shard if shard.dtype == torch.float32 else shard.float()
-                         for name, shard in self._locals.items()}
+        self._masters = {
+            name: shard if shard.dtype == torch.float32 else shard.float()
+            for name, shard in self._locals.items()
+        }
         self._gradients: dict[str, Tensor] = {}
         decaying = [m for name, m in self._masters.items() if self.parameters[name].dim() > 1]
         others = [m for name, m in self._masters.items() if self.parameters[name].dim() <= 1]
         self._adamw = torch.optim.AdamW(
-            [{"params": decaying, "weight_decay": config.weight_decay}, {"params": others, "weight_decay": 0.0}],
+            [
+                {"params": decaying, "weight_decay": config.weight_decay},
+                {"params": others, "weight_decay": 0.0},
+            ],
             lr=config.learning_rate,
             betas=(config.beta1, config.beta2),
             eps=config.epsilon,
@@ -147,12 +152,12 @@ class AdamW:
     def _global_norm(self) -> float:
         """Norm of all gradients of the whole model, the same bits on every rank."""
         device = next(iter(self._masters.values())).device
-        squares = torch.zeros(1, 2, dtype=torch.float64, device=device)   # tensor-sharded, replicated
+        squares = torch.zeros(1, 2, dtype=torch.float64, device=device)  # tensor-sharded, replicated
         for name, gradient in self._gradients.items():
             squares[0, 0 if is_tensor_sharded(self.parameters[name]) else 1] += gradient.norm().double() ** 2
         for dimension in (TENSOR, DATA):
             ranks = self.mesh[dimension]
-            # Over the data dimension FSDP2 has sharded every parameter; a mesh of one rank has nothing to add.
+            # Over the data dimension FSDP2 has sharded every parameter.
             if ranks.size() > 1:
                 everyone = ops.all_gather(squares, ranks.get_group().group_name, "gradient norm")
                 squares = squares.clone()

@@ -26,11 +26,12 @@ def joined(timeout: float) -> Iterator[torch.device]:
     if torch.cuda.is_available():
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
         torch.cuda.set_device(device)
-    dist.init_process_group(
-        "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo",
-        timeout=timedelta(seconds=timeout),
-        **({} if launched else {"store": dist.HashStore(), "rank": 0, "world_size": 1}),
-    )
+    backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
+    patience = timedelta(seconds=timeout)
+    if launched:
+        dist.init_process_group(backend, timeout=patience)
+    else:
+        dist.init_process_group(backend, timeout=patience, store=dist.HashStore(), rank=0, world_size=1)
     try:
         yield device
     finally:
@@ -58,5 +59,9 @@ def describe(mesh: DeviceMesh, device: torch.device) -> str:
         if ranks.size() > 1:
             mover = transport.of(ranks.get_group().group_name, device)
             parts.append(f"{dimension} parallel over {ranks.size()} ranks by {mover.name}")
-    where = torch.cuda.get_device_name(device) if device.type == "cuda" else f"CPU, {torch.get_num_threads()} threads"
+    where = (
+        torch.cuda.get_device_name(device)
+        if device.type == "cuda"
+        else f"CPU, {torch.get_num_threads()} threads"
+    )
     return f"{' and '.join(parts) or 'one rank'} ({where} a rank)"

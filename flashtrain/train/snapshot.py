@@ -49,7 +49,9 @@ def restore(store: CheckpointStore, path: Path, model: nn.Module, optimizer: Ada
             torch.cuda.set_rng_state(_rng_state(states["cuda"]))
     else:
         log.info(
-            "the checkpoint was saved by %d ranks: RNG states start anew on %d", len(manifest.rank_meta), world
+            "the checkpoint was saved by %d ranks: RNG states start anew on %d",
+            len(manifest.rank_meta),
+            world,
         )
     return manifest
 

@@ -58,7 +58,8 @@ class Trainer:
             tokenizer = ByteTokenizer()
             if self.model.vocabulary < tokenizer.vocab_size:
                 raise UserError(
-                    f"model.vocabulary is {self.model.vocabulary}; the tokenizer has {tokenizer.vocab_size} tokens"
+                    f"model.vocabulary is {self.model.vocabulary}; it must be at least the tokenizer's "
+                    f"{tokenizer.vocab_size}"
                 )
             corpus = Corpus(self.data, tokenizer)
             for split in ("train", "held_out"):
@@ -103,7 +104,10 @@ class Trainer:
         self.model = Decoder(config.model, torch.Generator().manual_seed(train.seed))
         self.parameter_count = self.model.parameter_count()
         self.flops_per_token = training_flops_per_token(
-            self.model.parameter_count(embedding=False), config.model.layers, train.sequence, config.model.hidden
+            self.model.parameter_count(embedding=False),
+            config.model.layers,
+            train.sequence,
+            config.model.hidden,
         )
         dtype = getattr(torch, train.dtype)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"

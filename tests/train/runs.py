@@ -34,7 +34,9 @@ def environment() -> dict[str, str]:
     return {key: value for key, value in os.environ.items() if key not in hidden} | {"OMP_NUM_THREADS": "1"}
 
 
-def train(out: Path, text: Path, timeout: float = 180, **settings: object) -> subprocess.CompletedProcess[str]:
+def train(
+    out: Path, text: Path, timeout: float = 180, **settings: object
+) -> subprocess.CompletedProcess[str]:
     """Run to the end; the caller checks the exit code."""
     return subprocess.run(
         command(out, text, **settings), env=environment(), capture_output=True, text=True, timeout=timeout
@@ -53,7 +55,9 @@ def trajectory(out: Path) -> list[tuple[int, float, float]]:
 
 def write_text(path: Path) -> Path:
     """A small corpus that does not depend on the machine."""
-    lines = [f"line {n}: {'abcdefghij'[n % 10] * (n % 7 + 1)} {n * n % 97} {hash_word(n)}" for n in range(4000)]
+    lines = [
+        f"line {n}: {'abcdefghij'[n % 10] * (n % 7 + 1)} {n * n % 97} {hash_word(n)}" for n in range(4000)
+    ]
     path.write_text("\n".join(lines))
     return path
 

@@ -30,7 +30,9 @@ def _config(text: Path, tensor: int, data: int, dtype: str = "float32", **comm: 
     )
 
 
-def _losses(rank: int, world: int, configs: list[Trainer.Config], steps: int) -> list[list[tuple[float, float]]]:
+def _losses(
+    rank: int, world: int, configs: list[Trainer.Config], steps: int
+) -> list[list[tuple[float, float]]]:
     """Losses and gradient norms of ``steps`` steps of each config in turn, in one set of ranks."""
     torch.use_deterministic_algorithms(True)
     torch.utils.deterministic.fill_uninitialized_memory = True
@@ -41,7 +43,9 @@ def _losses(rank: int, world: int, configs: list[Trainer.Config], steps: int) ->
         trainer._build(torch.device("cpu"))
         results = []
         for step in range(1, steps + 1):
-            result = trainer.step(step, config.optimizer.learning_rate_at(step, steps), trainer._batches(step))
+            result = trainer.step(
+                step, config.optimizer.learning_rate_at(step, steps), trainer._batches(step)
+            )
             results.append((result.loss, result.grad_norm))
         runs.append(results)
     return runs
@@ -119,7 +123,9 @@ def test_keeping_the_gather_and_bfloat16_train_alike(text: Path, one_rank: list[
     kept = _config(text, 2, 1, keep_gather=True)
     narrow = _config(text, 2, 1, dtype="bfloat16")
     narrow_both = _config(text, 1, 2, dtype="bfloat16")
-    (kept_losses, narrow_losses, narrow_data), _ = run_distributed(_losses, 2, [kept, narrow, narrow_both], 20)
+    (kept_losses, narrow_losses, narrow_data), _ = run_distributed(
+        _losses, 2, [kept, narrow, narrow_both], 20
+    )
     for (loss, _), (alone, _) in zip(kept_losses, one_rank, strict=True):
         assert loss == pytest.approx(alone, rel=1e-5)
     for losses in (narrow_losses, narrow_data):
@@ -128,7 +134,9 @@ def test_keeping_the_gather_and_bfloat16_train_alike(text: Path, one_rank: list[
     assert narrow_losses[-1][0] < narrow_losses[0][0] - 0.5
 
 
-def test_gradient_accumulation_equals_one_large_batch(text: Path, one_rank: list[tuple[float, float]]) -> None:
+def test_gradient_accumulation_equals_one_large_batch(
+    text: Path, one_rank: list[tuple[float, float]]
+) -> None:
     from dataclasses import replace
 
     for tensor, data in ((1, 1), (1, 2)):

@@ -21,7 +21,10 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ("settings", "named"),
     [
         ({"train__stepz": 3}, ["train.stepz", "train.steps"]),
-        ({"model__kv_heads": 4, "model__heads": 8, "parallel__tensor": 8}, ["model.kv_heads", "parallel.tensor"]),
+        (
+            {"model__kv_heads": 4, "model__heads": 8, "parallel__tensor": 8},
+            ["model.kv_heads", "parallel.tensor"],
+        ),
         ({"data__source": "/nowhere/at/all"}, ["/nowhere/at/all"]),
         ({"train__dtype": "float8"}, ["train.dtype", "float8"]),
         ({"parallel__data": 3}, ["train.batch", "parallel.data"]),
@@ -29,7 +32,11 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     ],
 )
 def test_bad_input_is_one_line_and_exit_code_2(
-    text: Path, tmp_path: Path, settings: dict[str, object], named: list[str], capfd: pytest.CaptureFixture[str]
+    text: Path,
+    tmp_path: Path,
+    settings: dict[str, object],
+    named: list[str],
+    capfd: pytest.CaptureFixture[str],
 ) -> None:
     from flashtrain.launch.main import main
 
@@ -67,7 +74,11 @@ def test_a_rank_that_stops_is_named_by_the_others(text: Path, tmp_path: Path) ->
     shared_before = set(os.listdir("/dev/shm"))
     settings = {"train__steps": 100_000, "comm__timeout": 4, "checkpoint__every": 0}
     with subprocess.Popen(
-        command(tmp_path, text, **settings), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(tmp_path, text, **settings),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as run:
         _wait_for_step(tmp_path, 3)
         ranks = _ranks(run.pid)
@@ -90,7 +101,10 @@ def test_a_rank_that_stops_is_named_by_the_others(text: Path, tmp_path: Path) ->
 
 def test_a_terminated_run_leaves_no_process_behind(text: Path, tmp_path: Path) -> None:
     with subprocess.Popen(
-        command(tmp_path, text, train__steps=100_000), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        command(tmp_path, text, train__steps=100_000),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
     ) as run:
         _wait_for_step(tmp_path, 2)
         everyone = psutil.Process(run.pid).children(recursive=True)
@@ -119,7 +133,13 @@ def test_a_run_writes_what_it_promises(text: Path, tmp_path: Path) -> None:
         assert {"step", "loss", "grad_norm", "tokens_per_s", "overlap"} <= set(line)
         assert line["mfu"] is None
         assert 0 <= line["overlap"] <= 1
-    for words in ("unigram entropy", "held-out loss", "a sample", "communication hidden", "flashtrain sample"):
+    for words in (
+        "unigram entropy",
+        "held-out loss",
+        "a sample",
+        "communication hidden",
+        "flashtrain sample",
+    ):
         assert words in done.stdout
     assert "by host" in done.stdout, "the first line says which transport moves the bytes"
     sample = subprocess.run(

@@ -61,7 +61,11 @@ def test_a_killed_rank_and_the_same_command_again_give_the_unbroken_run(text: Pa
     out = tmp_path / "broken"
     victim_step = random.Random().randrange(2, STEPS - 6)
     with subprocess.Popen(
-        command(out, text, **settings), env=environment(), stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+        command(out, text, **settings),
+        env=environment(),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
     ) as run:
         _wait_for_step(out, victim_step)
         ranks = _ranks(run.pid)
@@ -80,7 +84,9 @@ def test_a_killed_rank_and_the_same_command_again_give_the_unbroken_run(text: Pa
     assert again.returncode == 0, again.stderr
     assert trajectory(out) == trajectory(tmp_path / "unbroken"), f"killed at step {victim_step}"
     assert [m["step"] for m in metrics(out)] == list(range(1, STEPS + 1))
-    ends = [snapshot.load_model(snapshot.find(folder))[0].state_dict() for folder in (out, tmp_path / "unbroken")]
+    ends = [
+        snapshot.load_model(snapshot.find(folder))[0].state_dict() for folder in (out, tmp_path / "unbroken")
+    ]
     for name, weights in ends[0].items():
         assert torch.equal(weights, ends[1][name]), name
 
@@ -127,10 +133,17 @@ def _move(rank: int, world: int, config: Trainer.Config, out: str, steps: int) -
     first, _ = trainer._resume()
     for step in range(first, first + steps):
         trainer.step(step, 1e-3, trainer._batches(step))
-    snapshot.save(trainer.store, first + steps - 1 if steps else first, trainer.model, trainer.optimizer, config, [])
+    snapshot.save(
+        trainer.store, first + steps - 1 if steps else first, trainer.model, trainer.optimizer, config, []
+    )
     tensors = dict(trainer.model.named_parameters()) | trainer.optimizer.state()
     return {
-        name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().contiguous().view(torch.uint8).numpy().tobytes()
+        name: (t.full_tensor() if isinstance(t, DTensor) else t)
+        .detach()
+        .contiguous()
+        .view(torch.uint8)
+        .numpy()
+        .tobytes()
         for name, t in tensors.items()
     }
 

@@ -8,14 +8,24 @@ from typing import Literal
 
 import torch
 import torch.distributed as dist
-from torch.distributed.distributed_c10d import _resolve_process_group
 
+from flashtrain.comm import groups
 from flashtrain.comm.schedule import Kind
 from flashtrain.comm.transport.base import Exchange, Traffic, Transport
 from flashtrain.comm.transport.group import GroupTransport
 from flashtrain.errors import UserError
 
-__all__ = ["Exchange", "Settings", "Traffic", "Transport", "configure", "in_use", "of", "settings", "shutdown"]
+__all__ = [
+    "Exchange",
+    "Settings",
+    "Traffic",
+    "Transport",
+    "configure",
+    "in_use",
+    "of",
+    "settings",
+    "shutdown",
+]
 
 log = logging.getLogger("flashtrain.comm")
 
@@ -77,9 +87,12 @@ def of(group_name: str, device: torch.device) -> Transport:
     """
     key = (group_name, device.type)
     if key not in _transports:
-        _transports[key] = _choose(_resolve_process_group(group_name), device)
+        _transports[key] = _choose(groups.resolve(group_name), device)
         log.info(
-            "transport for %d ranks of group %s: %s", _transports[key].world, group_name, _transports[key].name
+            "transport for %d ranks of group %s: %s",
+            _transports[key].world,
+            group_name,
+            _transports[key].name,
         )
     return _transports[key]
 

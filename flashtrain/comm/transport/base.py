@@ -25,11 +25,11 @@ class Traffic:
     """What the operations of a transport cost since the last ``reset``; times in seconds."""
 
     bytes_sent: int = 0
-    in_flight: float = 0.0   # from an operation's first transfer until its last chunk had landed
-    exposed: float = 0.0     # of it, time in which this rank did nothing but wait
-    copying: float = 0.0     # processor time that the transport's own threads spent
-    operating: float = 0.0   # inside operations, all in all
-    computing: float = 0.0   # of it, in the products
+    in_flight: float = 0.0  # from an operation's first transfer until its last chunk had landed
+    exposed: float = 0.0  # of it, time in which this rank did nothing but wait
+    copying: float = 0.0  # processor time that the transport's own threads spent
+    operating: float = 0.0  # inside operations, all in all
+    computing: float = 0.0  # of it, in the products
 
     @property
     def hidden(self) -> float | None:
@@ -93,7 +93,9 @@ class Exchange(ABC):
         )
 
     @abstractmethod
-    def _transfer(self, step: int, sends: Mapping[Send, Tensor], expects: Mapping[Expect, Tensor]) -> None: ...
+    def _transfer(
+        self, step: int, sends: Mapping[Send, Tensor], expects: Mapping[Expect, Tensor]
+    ) -> None: ...
 
     @abstractmethod
     def _wait(self, step: int, expect: Expect) -> float:

@@ -50,7 +50,9 @@ class _GroupExchange(Exchange):
         arriving = [expect for expect, landing in expects.items() if landing.numel()]
         group, tag = self.transport.group, self._tag
         batch = [dist.P2POp(dist.isend, sends[s], group=group, tag=tag, group_peer=s.dst) for s in leaving]
-        batch += [dist.P2POp(dist.irecv, expects[e], group=group, tag=tag, group_peer=e.src) for e in arriving]
+        batch += [
+            dist.P2POp(dist.irecv, expects[e], group=group, tag=tag, group_peer=e.src) for e in arriving
+        ]
         if not batch:
             return
         try:
@@ -59,7 +61,7 @@ class _GroupExchange(Exchange):
             chunk, peer = (leaving[0][:2]) if leaving else (arriving[0][:2])
             raise TransportError(f"{self.describe(step, chunk, peer)}: {_first_line(error)}") from error
         if len(works) < len(batch):
-            works = works * len(batch)   # NCCL answers for the whole batch with one handle
+            works = works * len(batch)  # NCCL answers for the whole batch with one handle
         self._leaving += [(step, send, work) for send, work in zip(leaving, works, strict=False)]
         self._arriving |= dict(zip(arriving, works[len(leaving) :], strict=False))
 
