@@ -1,0 +1,36 @@
+"""``flashtrain sample``: text from a checkpoint."""
+
+import argparse
+from pathlib import Path
+from typing import Any
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the subcommand."""
+    parser = subparsers.add_parser("sample", help="continue a prompt with the model of a checkpoint")
+    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or the --out of a run")
+    parser.add_argument("--prompt", required=True, help="text to continue")
+    parser.add_argument("--tokens", type=int, default=200, help="how many to draw (default: 200)")
+    parser.add_argument("--temperature", type=float, default=0.7, help="0: the most likely (default: 0.7)")
+    parser.add_argument("--seed", type=int, default=0, help="draws are a pure function of it (default: 0)")
+    parser.set_defaults(run=run)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the prompt and what follows it."""
+    from flashtrain.data import ByteTokenizer
+    from flashtrain.models.generate import generate
+    from flashtrain.train import snapshot
+
+    model, config = snapshot.load_model(snapshot.find(args.checkpoint))
+    tokenizer = ByteTokenizer()
+    tokens = generate(
+        model,
+        tokenizer.encode(args.prompt),
+        args.tokens,
+        context=config["train"]["sequence"],
+        temperature=args.temperature,
+        seed=args.seed,
+    )
+    print(args.prompt + tokenizer.decode(tokens))
+    return 0

@@ -1,0 +1,80 @@
+"""``flashtrain train``: settings from a recipe, a file and the command line; then the ranks, then the run."""
+
+import argparse
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from flashtrain.errors import UserError
+
+if TYPE_CHECKING:
+    from flashtrain.train.trainer import Trainer
+
+
+def add_parser(subparsers: Any) -> None:
+    """Register the ``train`` subcommand."""
+    parser = subparsers.add_parser(
+        "train",
+        help="train a model from a recipe",
+        usage="flashtrain train RECIPE [--config FILE.toml] [--out DIR] [--dotted.key VALUE ...]",
+        description="Train a model. Settings come from the recipe, then the file, then the command line.",
+        epilog=(
+            "Without torchrun, as many local ranks are started as the parallel degrees multiply to. "
+            "Under torchrun, the ranks that it started are used."
+        ),
+    )
+    parser.add_argument("recipe", metavar="RECIPE", help="a named starting point, such as demo")
+    parser.add_argument("--config", type=Path, metavar="FILE.toml", help="settings to change, as TOML")
+    parser.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/RECIPE)")
+    parser.add_argument_group(
+        "settings", "--dotted.key VALUE changes one setting, such as --train.steps 500; the run prints all"
+    )
+    parser.set_defaults(run=run, takes_settings=True)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Resolve and check the settings, then train: here, on the ranks of torchrun, or on new local ranks."""
+    config = resolve(args)
+    world = config.parallel.world
+    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
+        started = int(os.environ["WORLD_SIZE"])
+        if started != world:
+            raise UserError(
+                f"{_degrees(config.parallel)} asks for {world} ranks, but torchrun started {started}"
+            )
+    elif world > 1:
+        from flashtrain.launch import ranks
+
+        return ranks.launch(world, _words(args))
+    from flashtrain.train.trainer import Trainer
+
+    Trainer(config, _out(args)).run()
+    return 0
+
+
+def resolve(args: argparse.Namespace) -> "Trainer.Config":
+    """The settings of the run, checked. Raises UserError."""
+    from flashtrain import config, recipes
+
+    if args.recipe not in recipes.RECIPES:
+        guess = config.nearest(args.recipe, recipes.RECIPES)
+        raise UserError(
+            f"unknown recipe {args.recipe}; the nearest is {guess} (a recipe comes before settings)"
+        )
+    resolved = config.resolve(recipes.RECIPES[args.recipe](), args.config, args.settings)
+    resolved.validate()
+    return resolved
+
+
+def _out(args: argparse.Namespace) -> Path:
+    return args.out or Path("runs") / args.recipe
+
+
+def _words(args: argparse.Namespace) -> list[str]:
+    """The command line that means ``args``."""
+    file = [f"--config={args.config}"] if args.config else []
+    return ["train", args.recipe, *file, f"--out={_out(args)}", *args.settings]
+
+
+def _degrees(parallel: Any) -> str:
+    return " x ".join(f"parallel.{name} {degree}" for name, degree in vars(parallel).items())

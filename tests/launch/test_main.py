@@ -1,0 +1,133 @@
+"""The command line: subcommands, one-line errors, exit codes."""
+
+import subprocess
+import sys
+import types
+from collections.abc import Callable
+
+import pytest
+
+import flashtrain
+from flashtrain.errors import TransportError, UserError
+from flashtrain.launch import main
+
+
+@pytest.fixture
+def command(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable], None]:
+    """Puts a function in the place of what ``flashtrain doctor`` runs."""
+
+    def replace(run: Callable) -> None:
+        module = types.ModuleType("flashtrain.launch.doctor")
+        module.add_parser = lambda subparsers: subparsers.add_parser("doctor").set_defaults(run=run)  # type: ignore[attr-defined]
+        monkeypatch.setitem(sys.modules, module.__name__, module)
+
+    return replace
+
+
+def raising(error: BaseException) -> Callable:
+    def run(args: object) -> int:
+        raise error
+
+    return run
+
+
+@pytest.mark.parametrize(
+    ("error", "code", "line"),
+    [
+        (UserError("no such\nthing"), 2, "flashtrain: error: no such thing\n"),
+        (TransportError("rank 1: peer died"), 1, "flashtrain: error: rank 1: peer died\n"),
+        (KeyboardInterrupt(), 130, ""),
+    ],
+)
+def test_errors_become_a_line_and_a_code(
+    command: Callable, capsys: pytest.CaptureFixture[str], error: BaseException, code: int, line: str
+) -> None:
+    command(raising(error))
+    assert main.main(["doctor"]) == code
+    assert capsys.readouterr() == ("", line)
+
+
+def test_the_code_of_a_command_is_passed_on(command: Callable) -> None:
+    command(lambda args: 7)
+    assert main.main(["doctor"]) == 7
+
+
+def test_other_errors_keep_their_traceback(command: Callable) -> None:
+    command(raising(ZeroDivisionError()))
+    with pytest.raises(ZeroDivisionError):
+        main.main(["doctor"])
+
+
+def test_one_rank_of_torchrun_speaks(
+    command: Callable,
+    capsys: pytest.CaptureFixture[str],
+    monkeypatch: pytest.MonkeyPatch,
+    tmp_path: object,
+) -> None:
+    command(raising(UserError("no corpus")))
+    monkeypatch.setenv("RANK", "0")
+    assert main.main(["doctor"]) == 2
+    assert capsys.readouterr().err == "flashtrain: error: no corpus\n"
+    monkeypatch.setenv("RANK", "1")
+    monkeypatch.setenv("TORCHELASTIC_ERROR_FILE", f"{tmp_path}/error.json")
+    assert main.main(["doctor"]) == 2
+    assert capsys.readouterr().err == ""
+    with open(f"{tmp_path}/error.json") as file:
+        assert "no corpus" in file.read()
+
+
+@pytest.mark.parametrize(
+    ("argv", "line"),
+    [
+        (["trian"], "unknown command trian; the nearest is train"),
+        (["--verison"], "unknown option --verison; the nearest is --version"),
+        (["schedule", "--op", "all_gather", "--wrld=3"], "unknown option --wrld=3; the nearest is --world"),
+        (["schedule", "--op", "all_gather", "--wor", "3"], "unknown option --wor; the nearest is --world"),
+        (["schedule", "--op", "all_gather", "x"], "flashtrain schedule: unexpected argument x"),
+        (["schedule", "--op", "allgather"], "argument --op: invalid choice: 'allgather' (choose from"),
+        (["schedule", "--op", "all_gather", "--world", "x"], "argument --world: invalid int value: 'x'"),
+        (["schedule"], "the following arguments are required: --op (see flashtrain schedule --help)"),
+        (["train"], "the following arguments are required: RECIPE (see flashtrain train --help)"),
+    ],
+)
+def test_wrong_words_are_one_line(argv: list[str], line: str, capsys: pytest.CaptureFixture[str]) -> None:
+    assert main.main(argv) == 2
+    out, err = capsys.readouterr()
+    assert out == ""
+    assert err.startswith("flashtrain: error: ")
+    assert line in err
+    assert err.count("\n") == 1
+
+
+@pytest.mark.parametrize("argv", [[], ["--help"], ["-h"]])
+def test_help_lists_the_commands(argv: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main.main(argv)
+    assert leaving.value.code == 0
+    shown = capsys.readouterr().out
+    assert all(f"    {name} " in shown for name in main.COMMANDS)
+
+
+def test_version(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main.main(["--version"])
+    assert leaving.value.code == 0
+    assert capsys.readouterr().out == f"flashtrain {flashtrain.__version__}\n"
+
+
+@pytest.mark.parametrize("name", main.COMMANDS)
+def test_every_command_explains_itself(name: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main.main([name, "--help"])
+    assert leaving.value.code == 0
+    assert f"usage: flashtrain {name}" in capsys.readouterr().out
+
+
+def test_help_imports_nothing_heavy() -> None:
+    words = "import sys; from flashtrain.launch import main; main.parse(['schedule', '--op', 'all_gather']); "
+    words += "main.parse(['train', 'demo', '--train.steps', '3']); main.parse(['doctor']); "
+    words += (
+        "print([name for name in ('torch', 'numpy', 'rich', 'matplotlib', 'tyro') if name in sys.modules])"
+    )
+    shown = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
+    assert shown.stdout == "[]\n"
