@@ -101,6 +101,27 @@ def test_a_late_rank_holds_up_the_others() -> None:
         assert 10 + 16 <= late <= 10 + 16 + 3 * 4
 
 
+def test_a_slow_rank_computes_longer() -> None:
+    timeline = simulate(build("all_gather", "direct", [4, 4]), slowdown=[1, 3])
+    spent = [sum(e.end - e.start for e in timeline.events if e[:2] == (rank, "compute")) for rank in (0, 1)]
+    assert (spent, timeline.makespan) == ([8, 24], 24)
+
+
+def test_a_rendezvous_waits_for_the_destination() -> None:
+    schedules = build("all_gather", "direct", [4, 4])
+    for rendezvous, start in ((False, 0), (True, 9)):
+        timeline = simulate(schedules, pauses={(1, 0): 9}, rendezvous=rendezvous)
+        assert [e.start for e in timeline.events if e[:2] == (1, "ingress")] == [start]
+
+
+def test_of_two_transfers_the_one_posted_first_comes_first() -> None:
+    # Rank 3 fills the ingress of rank 0 until 16. Rank 2 asks for it at 9, rank 1 at 13.
+    schedules = build("reduce_scatter", "direct", [1, 0, 0, 0])
+    timeline = simulate(schedules, transfer=lambda rows: 15 * rows, pauses={(2, 1): 8, (1, 2): 12})
+    arrivals = [(e.peer, e.start) for e in timeline.events if e[:2] == (0, "ingress")]
+    assert arrivals == [(3, 1), (2, 16), (1, 31)]
+
+
 def test_pauses_are_not_counted_as_exposed() -> None:
     timeline = simulate(build("all_gather", "direct", [4]), pauses={(0, 0): 7})
     assert (timeline.makespan, timeline.exposed, timeline.hidden) == (11, (0,), None)
