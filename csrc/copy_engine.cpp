@@ -1,0 +1,183 @@
+#include "copy_engine.hpp"
+
+#include <algorithm>
+#include <stdexcept>
+#include <utility>
+
+namespace flashtrain {
+namespace {
+
+// Flags compare by signed difference, so none in use may lag by 2^31 epochs, though a column may go unused for
+// long. Every so many epochs all are brought up.
+constexpr uint32_t kRefresh = 1u << 30;
+
+StreamHandle handle(uint64_t stream) { return reinterpret_cast<StreamHandle>(static_cast<uintptr_t>(stream)); }
+
+}  // namespace
+
+CopyEngine::CopyEngine(const std::string& library, uint32_t rank, double timeout, uint32_t epoch,
+                       const std::vector<uint64_t>& tables)
+    : driver_(Driver::load(library)), rank_(rank), table_(tables), watchdog_(driver_, rank, table_, timeout), epoch_(epoch) {
+  int device = 0, can_flush = 0, least = 0, greatest = 0;
+  driver_.check(driver_.context_get_device(&device), "cuCtxGetDevice");
+  driver_.check(driver_.device_get_attribute(&can_flush, kCanFlushRemoteWrites, device), "cuDeviceGetAttribute");
+  // A chunk and its flag are two remote writes, and a device may reorder them unless asked to flush.
+  if (can_flush != 0) wait_flags_ |= kWaitThenFlush;
+  driver_.check(driver_.context_get_priorities(&least, &greatest), "cuCtxGetStreamPriorityRange");
+  driver_.check(driver_.stream_create(&copies_, kStreamNonBlocking, greatest), "cuStreamCreateWithPriority");
+  driver_.check(driver_.event_create(&ready_, kEventWithoutTiming), "cuEventCreate");
+  driver_.check(driver_.event_create(&copied_, kEventWithoutTiming), "cuEventCreate");
+}
+
+CopyEngine::~CopyEngine() {
+  watchdog_.stop();
+  // While the process ends the driver may be gone: there is nobody left to tell.
+  driver_.stream_destroy(copies_);
+  driver_.event_destroy(ready_);
+  driver_.event_destroy(copied_);
+}
+
+void CopyEngine::use_landings(std::vector<uint64_t> landings, uint64_t stride) {
+  if (flight_) throw std::logic_error("landing buffers change while an operation is open");
+  if (landings.size() != table_.world()) throw std::invalid_argument("every rank needs a landing buffer");
+  landings_ = std::move(landings);
+  stride_ = stride;
+}
+
+// `later` goes on only when what `earlier` now holds is done. The event may be recorded again at once: a wait
+// is for the recording that it found.
+void CopyEngine::order(StreamHandle later, EventHandle event, StreamHandle earlier) {
+  driver_.check(driver_.event_record(event, earlier), "cuEventRecord");
+  driver_.check(driver_.stream_wait_event(later, event, 0), "cuStreamWaitEvent");
+}
+
+uint32_t CopyEngine::open(std::shared_ptr<const Program> program, const std::string& site, uint64_t stream) {
+  check();
+  if (flight_) throw std::logic_error("an operation is open; give operations that overlap a group of their own");
+  if (landings_.empty()) throw std::logic_error("there are no landing buffers yet");
+  for (const auto* messages : {&program->sends, &program->arrivals}) {
+    for (const Message& message : *messages) {
+      if (message.peer >= table_.world() || message.peer == rank_ || message.column >= FlagTable::kColumns ||
+          message.offset + message.bytes > stride_) {
+        throw std::invalid_argument("a message of " + program->op + " has no place in this transport");
+      }
+    }
+  }
+  driver_.check(driver_.context_set_current(watchdog_.context()), "cuCtxSetCurrent");
+  int capturing = 0;
+  driver_.check(driver_.stream_is_capturing(handle(stream), &capturing), "cuStreamIsCapturing");
+  if (capturing != 0) throw std::logic_error("this transport cannot be captured in a CUDA graph");
+  auto flight = watchdog_.prepare(epoch_ + 1, site, std::move(program));
+  if (last_done_ != nullptr && handle(stream) != stream_) {
+    driver_.check(driver_.stream_wait_event(handle(stream), last_done_, 0), "cuStreamWaitEvent");
+  }
+  stream_ = handle(stream);
+  driver_.check(driver_.event_record(flight->begun, stream_), "cuEventRecord");
+  watchdog_.add(flight);
+  flight_ = std::move(flight);
+  last_done_ = flight_->done;
+  epoch_ = flight_->epoch;
+  behind_opening_ = false;
+  pushed_.assign(flight_->program->sends.size(), false);
+  awaited_.assign(flight_->program->arrivals.size(), false);
+  if (epoch_ % kRefresh == 0) refresh_flags();
+  return epoch_;
+}
+
+void CopyEngine::refresh_flags() {
+  driver_.check(driver_.stream_wait_event(copies_, flight_->begun, 0), "cuStreamWaitEvent");
+  behind_opening_ = true;
+  // Everything of the epoch before has been pushed, so its number is true of every column. The own row is
+  // for signals of kernels, which come behind the opening on their stream.
+  for (uint32_t at = 0; at < table_.world(); ++at) {
+    driver_.check(driver_.fill_words(table_.flag(at, rank_, 0), epoch_ - 1, FlagTable::kColumns,
+                                     at == rank_ ? stream_ : copies_),
+                  "cuMemsetD32Async");
+  }
+}
+
+void CopyEngine::push(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources) {
+  push(which, sources, After::kStream);
+}
+
+void CopyEngine::push_early(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources) {
+  push(which, sources, After::kOpening);
+}
+
+void CopyEngine::push_signalled(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources) {
+  push(which, sources, After::kSignal);
+}
+
+void CopyEngine::push(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources, After after) {
+  check();
+  if (!flight_) throw std::logic_error("no operation is open");
+  if (which.size() != sources.size()) throw std::invalid_argument("every send needs a source");
+  if (after == After::kStream) {
+    order(copies_, ready_, stream_);
+    behind_opening_ = true;
+  } else if (!behind_opening_) {
+    driver_.check(driver_.stream_wait_event(copies_, flight_->begun, 0), "cuStreamWaitEvent");
+    behind_opening_ = true;
+  }
+  const uint64_t buffer = epoch_ % 2 * stride_;
+  for (size_t number = 0; number < which.size(); ++number) {
+    const Message& message = flight_->program->sends.at(which[number]);
+    if (pushed_[which[number]]) throw std::logic_error("a chunk is pushed twice");
+    pushed_[which[number]] = true;
+    if (after == After::kSignal) {
+      driver_.check(driver_.stream_wait_value(copies_, signal(which[number]), epoch_, kWaitUntilReached),
+                    "cuStreamWaitValue32");
+    }
+    if (message.bytes != 0) {
+      const DeviceAddress to = landings_[message.peer] + buffer + message.offset;
+      driver_.check(driver_.copy_on_device(to, sources[number], message.bytes, copies_), "cuMemcpyDtoDAsync");
+    }
+    driver_.check(driver_.stream_write_value(copies_, table_.flag(message.peer, rank_, message.column), epoch_,
+                                             kWriteAfterEarlierWrites),
+                  "cuStreamWriteValue32");
+  }
+}
+
+void CopyEngine::wait(uint32_t which) {
+  check();
+  if (!flight_) throw std::logic_error("no operation is open");
+  if (awaited_.at(which)) return;
+  awaited_[which] = true;
+  driver_.check(driver_.stream_wait_value(stream_, flag(which), epoch_, wait_flags_), "cuStreamWaitValue32");
+}
+
+void CopyEngine::close() {
+  check();
+  if (!flight_) throw std::logic_error("no operation is open");
+  if (std::find(pushed_.begin(), pushed_.end(), false) != pushed_.end()) {
+    throw std::logic_error("an operation ends before all its chunks were pushed");
+  }
+  for (uint32_t arrival = 0; arrival < awaited_.size(); ++arrival) wait(arrival);
+  order(stream_, copied_, copies_);
+  driver_.check(driver_.event_record(flight_->done, stream_), "cuEventRecord");
+  watchdog_.close(flight_);
+  flight_.reset();
+}
+
+void CopyEngine::abort(const std::string& why) {
+  if (!flight_) return;
+  // Whatever this says, what is under way must come to its end before the memory is used otherwise.
+  driver_.event_record(copied_, copies_);
+  driver_.stream_wait_event(stream_, copied_, 0);
+  driver_.event_record(flight_->done, stream_);
+  watchdog_.give_up(flight_, why);
+  flight_.reset();
+}
+
+uint64_t CopyEngine::flag(uint32_t arrival) const {
+  if (!flight_) throw std::logic_error("no operation is open");
+  const Message& message = flight_->program->arrivals.at(arrival);
+  return table_.flag(rank_, message.peer, message.column);
+}
+
+uint64_t CopyEngine::signal(uint32_t send) const {
+  if (send >= FlagTable::kColumns) throw std::out_of_range("there are not so many sends");
+  return table_.flag(rank_, rank_, send);
+}
+
+}  // namespace flashtrain

@@ -1,0 +1,90 @@
+// Pushes chunks into the memory of peer GPUs with copy engines, ordered by streams and flags alone.
+#pragma once
+
+#include <cstdint>
+#include <memory>
+#include <string>
+#include <vector>
+
+#include "driver.hpp"
+#include "program.hpp"
+#include "watchdog.hpp"
+
+namespace flashtrain {
+
+// Operations run one after the other, in the same order on every rank; each is an epoch. Nothing here blocks
+// the host but open(), when it is too far ahead of the device. Addresses and streams are the raw values that
+// the CUDA run time and PyTorch hand out. One thread at a time may call; which one may change.
+//
+// Why two landing buffers, used in turn, need no acknowledgement. Let rank r push epoch k+2 into the buffer of
+// rank p that epoch k used. On r the push comes after the end of epoch k+1 (open() and push() order the copy
+// stream behind the stream that computes, and that behind the end of the epoch before), hence after r saw every
+// message that it expected in k+1. In each schedule these include one that p pushed in k+1, or that some rank
+// pushed after a chain of such messages began at p: a direct schedule has a message, if an empty one, for every
+// ordered pair of ranks, and what arrives last around a ring began at every other rank. On p, pushes of k+1
+// come after the end of epoch k, in which all reading of the buffer happened. So r's push comes after p's reads.
+// One buffer would not do: r may push k+1 while p still reads k.
+//
+// Why what was pushed may be freed or written once close() was called. A push reads memory of the caller on the
+// copy stream, unknown to PyTorch's allocator. close() makes the stream that computes wait for the copy
+// stream; later work of the caller, and whoever gets the memory from the allocator of that stream, comes after.
+class CopyEngine {
+ public:
+  // `tables` are the addresses of all ranks' flag tables, whose flags hold `epoch` and whose notices are zero.
+  // The calling thread's context is used. Throws std::runtime_error if the driver lacks something.
+  CopyEngine(const std::string& library, uint32_t rank, double timeout, uint32_t epoch,
+             const std::vector<uint64_t>& tables);
+  ~CopyEngine();
+  CopyEngine(const CopyEngine&) = delete;
+  CopyEngine& operator=(const CopyEngine&) = delete;
+
+  // From here on chunks land at `landings` of each rank in even epochs, and `stride` bytes further in odd ones.
+  // No operation may be under way on any rank.
+  void use_landings(std::vector<uint64_t> landings, uint64_t stride);
+
+  // Start an operation on `stream`; returns its epoch. Throws std::logic_error if one is open.
+  uint32_t open(std::shared_ptr<const Program> program, const std::string& site, uint64_t stream);
+  // Push sends number `which`, each from its source, once the stream has done what it now holds.
+  void push(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources);
+  // The same at once, for payloads that were complete when the operation was opened.
+  void push_early(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources);
+  // The same, each when a kernel of this rank has set word `signal(send)` to the epoch. Launch that kernel first:
+  // where streams share a hardware queue, it would stand behind the wait.
+  void push_signalled(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources);
+  // Let the stream wait for arrival number `which`.
+  void wait(uint32_t which);
+  // End the operation: the stream waits for arrivals that nobody waited for, and for the pushes.
+  void close();
+  // The open operation will not be finished: from here on everything throws, on the peers too.
+  void abort(const std::string& why);
+  void check() const { watchdog_.check(); }
+
+  // Words that kernels may poll (arrivals) or set (signals), in this rank's memory.
+  uint64_t flag(uint32_t arrival) const;
+  uint64_t signal(uint32_t send) const;
+
+ private:
+  enum class After { kStream, kOpening, kSignal };
+  void push(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources, After after);
+  void refresh_flags();
+  void order(StreamHandle later, EventHandle event, StreamHandle earlier);
+
+  const Driver& driver_;
+  const uint32_t rank_;
+  const FlagTable table_;
+  Watchdog watchdog_;
+  unsigned wait_flags_ = kWaitUntilReached;
+  StreamHandle copies_ = nullptr;
+  EventHandle ready_ = nullptr, copied_ = nullptr;
+  std::vector<uint64_t> landings_;
+  uint64_t stride_ = 0;
+
+  uint32_t epoch_;
+  std::shared_ptr<Flight> flight_;       // the open operation
+  StreamHandle stream_ = nullptr;        // that computes, of the open operation or the last
+  EventHandle last_done_ = nullptr;
+  bool behind_opening_ = false;          // the copy stream comes after the opening
+  std::vector<bool> pushed_, awaited_;
+};
+
+}  // namespace flashtrain

@@ -1,0 +1,43 @@
+// Part of the Python module flashtrain._core: the copy engine.
+#pragma once
+
+#include <pybind11/pybind11.h>
+#include <pybind11/stl.h>
+
+#include "copy_engine.hpp"
+
+namespace flashtrain {
+
+inline void bind_copy_engine(pybind11::module_& module) {
+  namespace py = pybind11;
+  module.attr("flag_columns") = FlagTable::kColumns;
+  module.def("flag_words", &FlagTable::flag_words, py::arg("world"));
+  module.def("flag_table_words", &FlagTable::words, py::arg("world"));
+  module.def("load_driver", [](const std::string& library) { Driver::load(library); }, py::arg("library"));
+
+  using Messages = std::vector<Program::Fields>;
+  py::class_<Program, std::shared_ptr<Program>>(module, "Program")
+      .def(py::init<std::string, uint32_t, const Messages&, const Messages&>(), py::arg("op"), py::arg("steps"),
+           py::arg("sends"), py::arg("arrivals"));
+
+  using Which = std::vector<uint32_t>;
+  using Sources = std::vector<uint64_t>;
+  py::class_<CopyEngine>(module, "CopyEngine")
+      .def(py::init<const std::string&, uint32_t, double, uint32_t, const Sources&>(), py::arg("library"),
+           py::arg("rank"), py::arg("timeout"), py::arg("epoch"), py::arg("tables"))
+      .def("use_landings", &CopyEngine::use_landings, py::arg("landings"), py::arg("stride"))
+      // May wait for the device.
+      .def("open", &CopyEngine::open, py::arg("program"), py::arg("site"), py::arg("stream"),
+           py::call_guard<py::gil_scoped_release>())
+      .def("push", py::overload_cast<const Which&, const Sources&>(&CopyEngine::push))
+      .def("push_early", &CopyEngine::push_early)
+      .def("push_signalled", &CopyEngine::push_signalled)
+      .def("wait", &CopyEngine::wait)
+      .def("close", &CopyEngine::close)
+      .def("abort", &CopyEngine::abort)
+      .def("check", &CopyEngine::check)
+      .def("flag", &CopyEngine::flag, py::arg("arrival"))
+      .def("signal", &CopyEngine::signal, py::arg("send"));
+}
+
+}  // namespace flashtrain

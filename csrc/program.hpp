@@ -1,0 +1,79 @@
+// What one rank sends and takes in during one operation, and where every flag is.
+#pragma once
+
+#include <array>
+#include <cstdint>
+#include <string>
+#include <vector>
+
+namespace flashtrain {
+
+// One chunk on its way between two ranks, as either end sees it.
+struct Message {
+  uint32_t peer;    // destination of a send, source of an arrival
+  uint32_t column;  // how many messages of this operation the sender has for the same receiver before it
+  uint32_t step, chunk;
+  uint64_t offset;  // bytes from the start of the receiver's landing buffer
+  uint64_t bytes;   // zero for an empty chunk, which is signalled all the same
+};
+
+// Sends and arrivals in schedule order. Both ends of a pair list its messages in the same order, so that
+// columns agree.
+struct Program {
+  using Fields = std::array<uint64_t, 6>;  // of Message, in order
+
+  Program(std::string op_name, uint32_t step_count, const std::vector<Fields>& send_fields,
+          const std::vector<Fields>& arrival_fields)
+      : op(std::move(op_name)), steps(step_count), sends(read(send_fields)), arrivals(read(arrival_fields)) {}
+
+  const std::string op;
+  const uint32_t steps;
+  const std::vector<Message> sends, arrivals;
+
+ private:
+  static std::vector<Message> read(const std::vector<Fields>& list) {
+    std::vector<Message> messages;
+    for (const auto& [peer, column, step, chunk, offset, bytes] : list) {
+      messages.push_back({static_cast<uint32_t>(peer), static_cast<uint32_t>(column), static_cast<uint32_t>(step),
+                          static_cast<uint32_t>(chunk), offset, bytes});
+    }
+    return messages;
+  }
+};
+
+// Every rank has a table of 32-bit words in its device memory, which all ranks map:
+//
+//     flags    [world][kColumns]        row s is written by rank s alone; a rank's own row is for signals
+//                                       of its own kernels (see CopyEngine::push_signalled)
+//     notices  [world][kNoticeWords]    row s is written by rank s alone, when it gives up
+//
+// A flag holds the epoch of the last operation whose message has landed. Epochs only grow, modulo 2^32, and
+// are compared by their signed difference, so flags are never reset between operations.
+class FlagTable {
+ public:
+  static constexpr uint32_t kColumns = 256;
+  static constexpr uint32_t kNoticeWords = 4;  // 1, epoch, awaited chunk (or kNone), awaited rank
+  static constexpr uint32_t kNone = ~0u;
+
+  static constexpr uint64_t flag_words(uint32_t world) { return uint64_t{world} * kColumns; }
+  static constexpr uint64_t words(uint32_t world) { return uint64_t{world} * (kColumns + kNoticeWords); }
+  static constexpr uint64_t bytes(uint32_t world) { return words(world) * sizeof(uint32_t); }
+
+  explicit FlagTable(std::vector<uint64_t> addresses) : addresses_(std::move(addresses)) {}
+
+  uint32_t world() const { return static_cast<uint32_t>(addresses_.size()); }
+  uint64_t flag(uint32_t at, uint32_t writer, uint32_t column) const {
+    return addresses_[at] + sizeof(uint32_t) * (uint64_t{writer} * kColumns + column);
+  }
+  uint64_t notice(uint32_t at, uint32_t writer) const {
+    return addresses_[at] + sizeof(uint32_t) * (flag_words(world()) + uint64_t{writer} * kNoticeWords);
+  }
+
+ private:
+  std::vector<uint64_t> addresses_;  // of each rank's table, as mapped by this rank
+};
+
+// Whether a flag that holds `value` tells of epoch `epoch`, or a later one.
+constexpr bool reached(uint32_t value, uint32_t epoch) { return static_cast<int32_t>(value - epoch) >= 0; }
+
+}  // namespace flashtrain

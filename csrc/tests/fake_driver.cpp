@@ -1,0 +1,229 @@
+// A CUDA driver made of threads, to run the copy engine without a GPU. Device memory is host memory; a stream
+// is a thread that works off a queue. As on a device, only streams, events and flags order anything, and
+// fake_delay() makes every entry of a queue late by a random time.
+#include <atomic>
+#include <chrono>
+#include <condition_variable>
+#include <cstdint>
+#include <cstring>
+#include <deque>
+#include <functional>
+#include <map>
+#include <memory>
+#include <mutex>
+#include <random>
+#include <string>
+#include <thread>
+
+namespace {
+
+constexpr int kNotReady = 600, kInvalidValue = 1, kNotFound = 500;
+std::atomic<uint32_t> longest_delay{0};
+
+struct Event {
+  std::atomic<uint64_t> recorded{0}, reached{0};
+};
+
+class Stream {
+ public:
+  Stream() { std::thread([this] { work(); }).detach(); }
+  void add(std::function<void()> entry) {
+    const std::lock_guard lock(mutex_);
+    entries_.push_back(std::move(entry));
+    ++added_;
+    wake_.notify_all();
+  }
+  bool idle() const { return done_ == added_; }
+
+ private:
+  void work() {
+    std::mt19937 random(static_cast<uint32_t>(reinterpret_cast<uintptr_t>(this) >> 4));
+    for (;;) {
+      std::function<void()> entry;
+      {
+        std::unique_lock lock(mutex_);
+        wake_.wait(lock, [this] { return !entries_.empty(); });
+        entry = std::move(entries_.front());
+        entries_.pop_front();
+      }
+      const uint32_t limit = longest_delay;
+      if (limit != 0) std::this_thread::sleep_for(std::chrono::microseconds(random() % limit));
+      entry();
+      ++done_;
+    }
+  }
+  std::mutex mutex_;
+  std::condition_variable wake_;
+  std::deque<std::function<void()>> entries_;
+  std::atomic<uint64_t> added_{0}, done_{0};
+};
+
+Stream& stream_of(void* handle) {
+  static auto& standard = *new Stream;   // like all streams: never destroyed
+  return handle == nullptr ? standard : *static_cast<Stream*>(handle);
+}
+
+void pause() { std::this_thread::sleep_for(std::chrono::microseconds(5)); }
+
+uint32_t load(uint64_t address) { return __atomic_load_n(reinterpret_cast<uint32_t*>(address), __ATOMIC_ACQUIRE); }
+void store(uint64_t address, uint32_t value) {
+  __atomic_store_n(reinterpret_cast<uint32_t*>(address), value, __ATOMIC_RELEASE);
+}
+
+thread_local void* context = reinterpret_cast<void*>(1);
+
+int get_error_name(int, const char** name) {
+  *name = "CUDA_ERROR_OF_THE_TEST";
+  return 0;
+}
+int device_get_attribute(int* value, int, int) {
+  *value = 0;
+  return 0;
+}
+int context_get_current(void** current) {
+  *current = context;
+  return 0;
+}
+int context_set_current(void* current) {
+  context = current;
+  return 0;
+}
+int context_get_device(int* device) {
+  *device = 0;
+  return 0;
+}
+int context_get_priorities(int* least, int* greatest) {
+  *least = 0;
+  *greatest = -5;
+  return 0;
+}
+int stream_create(void** stream, unsigned, int) {
+  *stream = new Stream;
+  return 0;
+}
+int stream_destroy(void*) { return 0; }  // its queue is still worked off
+int stream_query(void* stream) { return stream_of(stream).idle() ? 0 : kNotReady; }
+int stream_is_capturing(void*, int* status) {
+  *status = 0;
+  return 0;
+}
+int stream_wait_event(void* stream, void* handle, unsigned) {
+  auto* event = static_cast<Event*>(handle);
+  const uint64_t wanted = event->recorded;
+  stream_of(stream).add([event, wanted] {
+    while (event->reached < wanted) pause();
+  });
+  return 0;
+}
+int stream_wait_value(void* stream, uint64_t address, uint32_t value, unsigned flags) {
+  if (flags != 0) return kInvalidValue;
+  stream_of(stream).add([address, value] {
+    while (static_cast<int32_t>(load(address) - value) < 0) pause();
+  });
+  return 0;
+}
+int stream_write_value(void* stream, uint64_t address, uint32_t value, unsigned) {
+  stream_of(stream).add([address, value] { store(address, value); });
+  return 0;
+}
+int event_create(void** event, unsigned) {
+  *event = new Event;
+  return 0;
+}
+int event_record(void* handle, void* stream) {
+  auto* event = static_cast<Event*>(handle);
+  const uint64_t number = ++event->recorded;
+  stream_of(stream).add([event, number] { event->reached = number; });
+  return 0;
+}
+int event_query(void* handle) {
+  auto* event = static_cast<Event*>(handle);
+  return event->reached >= event->recorded ? 0 : kNotReady;
+}
+int event_destroy(void*) { return 0; }   // queues may still hold it
+// Word by word and atomically, as a device would let a flag beside it be read.
+void copy_words(uint64_t to, uint64_t from, size_t bytes) {
+  if ((to | from | bytes) % sizeof(uint32_t) != 0) {
+    std::memcpy(reinterpret_cast<void*>(to), reinterpret_cast<const void*>(from), bytes);
+    return;
+  }
+  for (size_t at = 0; at < bytes; at += sizeof(uint32_t)) store(to + at, load(from + at));
+}
+int copy_on_device(uint64_t to, uint64_t from, size_t bytes, void* stream) {
+  stream_of(stream).add([=] { copy_words(to, from, bytes); });
+  return 0;
+}
+int copy_to_device(uint64_t to, const void* from, size_t bytes, void* stream) {
+  return copy_on_device(to, reinterpret_cast<uint64_t>(from), bytes, stream);
+}
+int copy_to_host(void* to, uint64_t from, size_t bytes, void* stream) {
+  return copy_on_device(reinterpret_cast<uint64_t>(to), from, bytes, stream);
+}
+int fill_words(uint64_t to, unsigned value, size_t words, void* stream) {
+  stream_of(stream).add([=] {
+    for (size_t word = 0; word < words; ++word) store(to + word * sizeof(uint32_t), value);
+  });
+  return 0;
+}
+int allocate_host(void** memory, size_t bytes) {
+  *memory = ::operator new(bytes);
+  return 0;
+}
+int free_host(void*) { return 0; }       // queues may still hold it
+int exchange_capture_mode(int*) { return 0; }
+
+}  // namespace
+
+extern "C" {
+
+__attribute__((visibility("default"))) int cuGetProcAddress_v2(const char* name, void** address, int, uint64_t,
+                                                               int* found) {
+  static const std::map<std::string, void*> functions = {
+      {"cuGetErrorName", reinterpret_cast<void*>(&get_error_name)},
+      {"cuDeviceGetAttribute", reinterpret_cast<void*>(&device_get_attribute)},
+      {"cuCtxGetCurrent", reinterpret_cast<void*>(&context_get_current)},
+      {"cuCtxSetCurrent", reinterpret_cast<void*>(&context_set_current)},
+      {"cuCtxGetDevice", reinterpret_cast<void*>(&context_get_device)},
+      {"cuCtxGetStreamPriorityRange", reinterpret_cast<void*>(&context_get_priorities)},
+      {"cuStreamCreateWithPriority", reinterpret_cast<void*>(&stream_create)},
+      {"cuStreamDestroy", reinterpret_cast<void*>(&stream_destroy)},
+      {"cuStreamQuery", reinterpret_cast<void*>(&stream_query)},
+      {"cuStreamIsCapturing", reinterpret_cast<void*>(&stream_is_capturing)},
+      {"cuStreamWaitEvent", reinterpret_cast<void*>(&stream_wait_event)},
+      {"cuStreamWaitValue32", reinterpret_cast<void*>(&stream_wait_value)},
+      {"cuStreamWriteValue32", reinterpret_cast<void*>(&stream_write_value)},
+      {"cuEventCreate", reinterpret_cast<void*>(&event_create)},
+      {"cuEventRecord", reinterpret_cast<void*>(&event_record)},
+      {"cuEventQuery", reinterpret_cast<void*>(&event_query)},
+      {"cuEventDestroy", reinterpret_cast<void*>(&event_destroy)},
+      {"cuMemcpyDtoDAsync", reinterpret_cast<void*>(&copy_on_device)},
+      {"cuMemcpyHtoDAsync", reinterpret_cast<void*>(&copy_to_device)},
+      {"cuMemcpyDtoHAsync", reinterpret_cast<void*>(&copy_to_host)},
+      {"cuMemsetD32Async", reinterpret_cast<void*>(&fill_words)},
+      {"cuMemAllocHost", reinterpret_cast<void*>(&allocate_host)},
+      {"cuMemFreeHost", reinterpret_cast<void*>(&free_host)},
+      {"cuThreadExchangeStreamCaptureMode", reinterpret_cast<void*>(&exchange_capture_mode)},
+  };
+  const auto function = functions.find(name);
+  const bool known = function != functions.end();
+  *address = known ? function->second : nullptr;
+  *found = known ? 0 : 1;
+  return known ? 0 : kNotFound;
+}
+
+// What a program does on a device, for tests.
+__attribute__((visibility("default"))) void* fake_stream() { return new Stream; }
+__attribute__((visibility("default"))) void fake_copy(void* stream, uint64_t to, uint64_t from, uint64_t bytes) {
+  copy_on_device(to, from, bytes, stream);
+}
+__attribute__((visibility("default"))) void fake_write(void* stream, uint64_t address, uint32_t value) {
+  stream_write_value(stream, address, value, 0);
+}
+__attribute__((visibility("default"))) void fake_sleep(void* stream, uint32_t microseconds) {
+  stream_of(stream).add([=] { std::this_thread::sleep_for(std::chrono::microseconds(microseconds)); });
+}
+__attribute__((visibility("default"))) void fake_synchronize(void* stream) {
+  while (!stream_of(stream).idle()) pause();
+}
+__attribute__((visibility("default"))) void fake_delay(uint32_t microseconds) { longest_delay = microseconds; }
+}

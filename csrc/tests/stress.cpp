@@ -1,0 +1,159 @@
+// Stress for the sanitizers: rings and whole transports between the threads of one process.
+//
+// usage: stress SEED. Prints one line for each part; exits with 1 at the first wrong byte.
+#include <chrono>
+#include <cstdio>
+#include <cstdlib>
+#include <memory>
+#include <random>
+#include <thread>
+#include <vector>
+
+#include "../host_transport.h"
+
+using namespace flashtrain;
+
+namespace {
+
+void require(bool holds, const char* what) {
+  if (holds) return;
+  std::fprintf(stderr, "stress: %s\n", what);
+  std::exit(1);
+}
+
+std::byte expected_byte(uint64_t message, uint64_t index) { return std::byte(message * 131 + index * 7 + index / 251); }
+
+void fill(std::vector<std::byte>& bytes, uint64_t message) {
+  for (uint64_t index = 0; index < bytes.size(); ++index) bytes[index] = expected_byte(message, index);
+}
+
+bool holds(const std::vector<std::byte>& bytes, uint64_t message) {
+  for (uint64_t index = 0; index < bytes.size(); ++index) {
+    if (bytes[index] != expected_byte(message, index)) return false;
+  }
+  return true;
+}
+
+// Producer and consumer on one mapping, where a thread sanitizer sees both sides of every byte.
+void stress_ring(uint64_t seed) {
+  constexpr uint64_t kCapacity = 4096, kRecords = 20000;
+  RingControl control{};
+  std::vector<std::byte> data(kCapacity);
+  std::thread consumer([&] {
+    Consumer ring(&control, data.data(), kCapacity);
+    std::vector<std::byte> into;
+    for (uint64_t record = 0; record < kRecords; ++record) {
+      Header header;
+      while (!ring.peek(header, true)) std::this_thread::yield();
+      require(ring.sound(header) && header.epoch == record, "a header came through damaged");
+      into.assign(header.piece, std::byte{0});
+      ring.read(header, into.data());
+      require(holds(into, record), "a payload came through damaged");
+      ring.pop(header);
+    }
+  });
+  Producer ring(&control, data.data(), kCapacity);
+  std::mt19937_64 random(seed);
+  for (uint64_t record = 0; record < kRecords; ++record) {
+    std::vector<std::byte> payload(random() % 900);
+    fill(payload, record);
+    Header header{};
+    header.epoch = record;
+    header.bytes = payload.size();
+    header.piece = static_cast<uint32_t>(payload.size());
+    while (!ring.reserve(record_bytes(header.piece), record_bytes(header.piece))) std::this_thread::yield();
+    ring.publish(header, payload.data());
+  }
+  consumer.join();
+  std::printf("ring: %lu records\n", static_cast<unsigned long>(kRecords));
+}
+
+std::vector<std::unique_ptr<HostTransport>> connect(uint32_t world, uint64_t ring_bytes) {
+  std::vector<std::unique_ptr<HostTransport>> ranks;
+  for (uint32_t rank = 0; rank < world; ++rank) {
+    ranks.push_back(std::make_unique<HostTransport>(rank, world, ring_bytes));
+  }
+  for (uint32_t rank = 0; rank < world; ++rank) {
+    for (uint32_t peer = 0; peer < world; ++peer) {
+      if (peer != rank) ranks[rank]->connect(peer, ranks[peer]->address());
+    }
+  }
+  for (auto& rank : ranks) rank->start();
+  return ranks;
+}
+
+struct Posted {
+  RequestPointer request;
+  std::vector<std::byte> bytes;
+  uint64_t message;
+};
+
+// Every rank sends every peer one message in each operation, waits with two threads, and now and then
+// gives an operation up; the peers then still get what it had sent, or are told.
+void stress_transport(uint64_t seed, uint32_t world, uint64_t ring_bytes, uint64_t operations) {
+  auto ranks = connect(world, ring_bytes);
+  auto size_of = [&](uint64_t operation, uint32_t from, uint32_t to) -> uint64_t {
+    std::mt19937_64 random(seed * 7919 + operation * 64 + from * 8 + to);
+    const uint64_t kind = random() % 8;
+    return kind == 0 ? 0 : random() % (kind == 7 ? 6 * ring_bytes : kind > 4 ? 5000 : 200);
+  };
+  auto run = [&](uint32_t rank) {
+    HostTransport& transport = *ranks[rank];
+    std::mt19937_64 random(seed + rank);
+    for (uint64_t number = 0; number < operations; ++number) {
+      const auto operation = transport.open("stress");
+      std::vector<Posted> received, sent;
+      for (uint32_t turn = 1; turn < world; ++turn) {
+        const uint32_t to = (rank + turn) % world, from = (rank + world - turn) % world;
+        Posted in{nullptr, std::vector<std::byte>(size_of(number, from, rank)), number * 64 + from * 8 + rank};
+        in.request = transport.receive(operation, turn, from, from, from,
+                                       reinterpret_cast<uintptr_t>(in.bytes.data()), in.bytes.size());
+        received.push_back(std::move(in));
+        Posted out{nullptr, std::vector<std::byte>(size_of(number, rank, to)), number * 64 + rank * 8 + to};
+        fill(out.bytes, out.message);
+        out.request = transport.send(operation, turn, to, rank, rank,
+                                     reinterpret_cast<uintptr_t>(out.bytes.data()), out.bytes.size());
+        sent.push_back(std::move(out));
+      }
+      if (random() % 4 == 0) std::this_thread::sleep_for(std::chrono::microseconds(random() % 300));
+      auto finish = [&](std::vector<Posted>& messages) {
+        for (Posted& posted : messages) transport.wait(posted.request, 60, [] {});
+      };
+      std::thread other([&] { finish(sent); });
+      finish(received);
+      other.join();
+      for (const Posted& posted : received) require(holds(posted.bytes, posted.message), "a message was damaged");
+    }
+    // The last operation is given up with everything under way, and its memory freed at once.
+    const auto operation = transport.open("given up");
+    std::vector<std::vector<std::byte>> memory;
+    for (uint32_t peer = 0; peer < world; ++peer) {
+      if (peer == rank) continue;
+      for (const bool sends : {true, false}) {
+        memory.emplace_back(8 * ring_bytes);
+        const auto data = reinterpret_cast<uintptr_t>(memory.back().data());
+        if (sends) transport.send(operation, 0, peer, 0, 0, data, 8 * ring_bytes);
+        else transport.receive(operation, 0, peer, 0, 0, data, 8 * ring_bytes);
+      }
+    }
+    std::this_thread::sleep_for(std::chrono::microseconds(random() % 500));
+    transport.abort(*operation);
+    memory.clear();
+  };
+  std::vector<std::thread> threads;
+  for (uint32_t rank = 0; rank < world; ++rank) threads.emplace_back(run, rank);
+  for (auto& thread : threads) thread.join();
+  std::printf("transport: %u ranks, rings of %lu bytes, %lu operations\n", world,
+              static_cast<unsigned long>(ring_bytes), static_cast<unsigned long>(operations));
+}
+
+}  // namespace
+
+int main(int count, char** values) {
+  const uint64_t seed = count > 1 ? std::strtoull(values[1], nullptr, 10) : 1;
+  stress_ring(seed);
+  stress_transport(seed, 2, 4096, 300);
+  stress_transport(seed, 3, 65536, 150);
+  stress_transport(seed, 4, 8192, 100);
+  return 0;
+}
