@@ -16,7 +16,9 @@ import torch
 import torch.distributed as dist
 
 _context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(["torch", "torch.distributed", "torch.distributed.tensor", "flashtrain"])
+_context.set_forkserver_preload(
+    ["torch", "torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp", "flashtrain"]
+)
 
 
 def _rank_main(

@@ -10,8 +10,9 @@ For W ranks of ``group`` with M rows in all (rank c holds the rows ``tensor_spli
                              dw_shard [N, K/W] = AG(dy_shard)ᵀ · x            the gather of dx serves twice
 
 Partials are rounded once to the dtype of the operands, added in rank order in fp32 and rounded once
-more, so the bits depend on nothing but shapes, dtype and W: not on the transport, the number of
-sub-chunks, arrival or timing. (``Settings.kind = "ring"`` adds along the ring in the operands' dtype.)
+more, so in fp32, bf16 and fp16 the bits depend on nothing but shapes, dtype and W: not on the
+transport, the number of sub-chunks, arrival or timing. (``Settings.kind = "ring"`` adds along the ring
+in the operands' dtype.)
 
 Every op takes the process group by name, for torch.compile; ``site`` names the product in reports and
 errors. ``rows`` is M where M is not W times the local rows.
@@ -21,27 +22,35 @@ from collections.abc import Callable
 
 import torch
 from torch import Tensor
+from torch.nn.functional import pad
 
 from flashtrain.comm import groups, overlap, schedule, transport
-from flashtrain.comm.schedule import Expect, Schedule, Send, split_rows
-from flashtrain.comm.transport.base import clock
+from flashtrain.comm.schedule import Expect, Schedule, split_rows
+from flashtrain.comm.transport.base import Exchange, clock
+from flashtrain.comm.transport.landing import Landing
 from flashtrain.errors import UserError
-from flashtrain.kernels.ordered_sum.reference import ordered_sum
+from flashtrain.kernels.ordered_sum import choice
 
-# MKL multiplies fewer than four rows with another kernel, which adds in another order. A chunk's bits
-# must not depend on how many rows share its product, so short chunks are multiplied with filler rows.
-_FEWEST_ROWS = 4
+# A chunk's bits must not depend on how many rows share its product, but libraries choose their kernel, and
+# with it the order of additions, by size: MKL below 4 rows or 12 columns, torch below 16³ multiplications
+# (which decides between its own low-precision kernel and oneDNN's). Filler rows and columns keep small
+# products on the large side of these borders. fp64 has more of them: only its values are promised.
+_FEWEST_ROWS, _FEWEST_COLUMNS, _FEWEST_MULTIPLICATIONS = 4, 16, 16**3
 
 
 def _product(x: Tensor, w: Tensor, out: Tensor) -> None:
-    """``out[:] = x · wᵀ``, with the bits of each row independent of the number of rows."""
-    rows = x.shape[0]
-    if rows >= _FEWEST_ROWS:
+    """``out [rows, N] = x [rows, K] · w [N, K]ᵀ``; the bits of a row do not depend on the number of rows."""
+    rows, columns = x.shape[0], w.shape[0]
+    wide = max(columns, _FEWEST_COLUMNS)
+    tall = max(rows, _FEWEST_ROWS, _FEWEST_MULTIPLICATIONS // max(1, x.shape[1] * wide) + 1)
+    if rows == 0:
+        return
+    if (tall, wide) == (rows, columns):
         torch.mm(x, w.t(), out=out)
-    elif rows:
-        filled = x.new_zeros(_FEWEST_ROWS, x.shape[1])
-        filled[:rows] = x
-        out.copy_(torch.mm(filled, w.t())[:rows])
+        return
+    x = pad(x, (0, 0, 0, tall - rows)) if tall > rows else x
+    w = pad(w, (0, 0, 0, wide - columns)) if wide > columns else w
+    out.copy_(torch.mm(x, w.t())[:rows, :columns])
 
 
 def _rows_per_rank(shard: Tensor, group: str, rows: int | None) -> tuple[int, ...]:
@@ -78,19 +87,61 @@ def _rows(plan: Schedule, chunk: int) -> slice:
     return slice(offset, offset + rows)
 
 
-def _gather(
-    plan: Schedule, x_shard: Tensor, group: str, site: str, compute: Callable[[int, Tensor], None]
-) -> Tensor:
-    """Gather ``x_shard``; ``compute(chunk, x_full)`` runs as soon as the chunk's rows are in ``x_full``."""
-    mover, started = transport.of(group, x_shard.device), clock()
-    x_full = x_shard.new_empty(plan.rows, *x_shard.shape[1:])
-    x_full[plan.own_rows] = x_shard
+class _Gathered:
+    """The gathered rows while an operation is under way: own rows in ``shard``, others where they landed."""
 
-    def rows_of(part: Send | Expect) -> Tensor:
-        return x_full[_rows(plan, part.chunk)]
+    def __init__(self, plan: Schedule, shard: Tensor) -> None:
+        self.plan, self.shard, self.landed = plan, shard, shard
+
+    def rows(self, rows: slice) -> Tensor:
+        """``rows`` of the gathered tensor, all of one rank."""
+        own = self.plan.own_rows
+        if own.start <= rows.start and rows.stop <= own.stop:
+            if rows == own:
+                return self.shard
+            return self.shard[rows.start - own.start : rows.stop - own.start]
+        return self.landed[rows]
+
+
+def _gather(
+    plan: Schedule,
+    x_shard: Tensor,
+    group: str,
+    site: str,
+    compute: Callable[[int, _Gathered], None] | None = None,
+    keep: bool = True,
+) -> Tensor:
+    """Gather ``x_shard``; ``compute(chunk, gathered)`` runs as soon as the chunk's rows are there.
+
+    Returns the gathered tensor with ``keep``, one of no rows without.
+    """
+    mover, started = transport.of(group, x_shard.device), clock()
+    x_shard = x_shard.contiguous()
+    gathered = _Gathered(plan, x_shard)
+    x_full = x_shard.new_empty(0, *x_shard.shape[1:])
+    borrowed = False
+
+    def opened(exchange: Exchange) -> None:
+        nonlocal x_full, borrowed
+        gathered.landed, borrowed = exchange.landing_buffer(x_shard, x_shard.shape[1:]), exchange.borrowed
+        if keep:
+            x_full = torch.empty_like(gathered.landed) if borrowed else gathered.landed
+
+    def computing(chunk: int) -> None:
+        if compute is not None:
+            compute(chunk, gathered)
+        if keep and (borrowed or chunk in plan.own):
+            rows = _rows(plan, chunk)
+            x_full[rows] = gathered.rows(rows)
 
     overlap.run(
-        plan, mover, site, payload=rows_of, landing=rows_of, compute=lambda chunk: compute(chunk, x_full)
+        plan,
+        mover,
+        site,
+        payload=lambda send: gathered.rows(_rows(plan, send.chunk)),
+        landing=lambda expect: gathered.landed[_rows(plan, expect.chunk)],
+        compute=computing,
+        opened=opened,
     )
     mover.traffic.operating += clock() - started
     return x_full
@@ -107,29 +158,34 @@ def _reduce(
 ) -> Tensor:
     """Sum partials over the ranks; ``partial(chunk, out)`` writes this rank's. Returns the own rows."""
     mover, started = transport.of(group, like.device), clock()
-    own = plan.own_rows
-    direct = plan.kind == "direct"
-    # Direct: one slot a rank, added up at the end. Ring: the running sum passes through one slot.
-    slots = like.new_empty(plan.world if direct else 1, own.stop - own.start, columns)
+    own, layout = plan.own_rows, Landing(plan)
+    direct = layout.slotted
     leaving = like.new_empty(plan.rows, columns)
-    arriving: dict[Expect, Tensor] = {}
+    landed = total = leaving
 
-    def home(chunk: int, slot: int) -> Tensor:
-        _, offset, rows = plan.chunks[chunk]
-        return slots[slot if direct else 0, offset - own.start : offset - own.start + rows]
-
-    def place(chunk: int) -> Tensor:
-        return home(chunk, plan.rank) if chunk in plan.own else leaving[_rows(plan, chunk)]
+    def opened(exchange: Exchange) -> None:
+        nonlocal landed
+        landed = exchange.landing_buffer(like, (columns,))
 
     def landing(expect: Expect) -> Tensor:
-        if direct:
-            return home(expect.chunk, expect.slot)
-        arriving[expect] = like.new_empty(plan.chunks[expect.chunk].rows, columns)
-        return arriving[expect]
+        return landed[layout.span(plan.rank, expect.chunk, expect.slot)]
 
-    def landed(expect: Expect) -> None:
+    def place(chunk: int) -> Tensor:
+        # Direct: the own partial takes its slot among the others. Ring: the running sum passes through.
+        if direct and chunk in plan.own:
+            return landed[layout.span(plan.rank, chunk, plan.rank)]
+        return leaving[_rows(plan, chunk)]
+
+    def arrived(expect: Expect) -> None:
         if not direct:
-            place(expect.chunk).add_(arriving.pop(expect))
+            place(expect.chunk).add_(landing(expect))
+
+    def finished() -> None:
+        nonlocal total
+        slots = landed if direct else leaving[own]
+        total = choice.ordered_sum(
+            slots.view(plan.world if direct else 1, own.stop - own.start, columns), scale
+        )
 
     overlap.run(
         plan,
@@ -138,9 +194,10 @@ def _reduce(
         payload=lambda send: place(send.chunk),
         landing=landing,
         compute=lambda chunk: partial(chunk, place(chunk)),
-        landed=landed,
+        landed=arrived,
+        opened=opened,
+        finished=finished,
     )
-    total = ordered_sum(slots, scale)
     mover.traffic.operating += clock() - started
     return total
 
@@ -157,7 +214,7 @@ def all_gather(x_shard: Tensor, group: str, site: str = "", rows: int | None = N
     Raises UserError if the shard does not fit ``rows``, TransportError if a peer fails.
     """
     plan = _plan("all_gather", _rows_per_rank(x_shard, group, rows), group)
-    return _gather(plan, x_shard, group, site, compute=lambda chunk, x_full: None)
+    return _gather(plan, x_shard, group, site)
 
 
 @torch.library.custom_op("flashtrain::reduce_scatter", mutates_args=(), tags=_TAGS)
@@ -186,22 +243,23 @@ def all_gather_matmul(
     site: str = "",
     rows: int | None = None,
     keep_gather: bool = False,
+    return_gather: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """``y [M, N/W] = AG(x_shard [M/W, K]) · w_shard [N/W, K]ᵀ``; returns ``(y, x_full [M, K])``.
 
     The own chunk is multiplied first, the others as they arrive. The weight gradient gathers
-    ``x_shard`` again, or with ``keep_gather`` keeps ``x_full``. Raises UserError for operands that do
-    not multiply or a shard that does not fit ``rows``, TransportError if a peer fails.
+    ``x_shard`` again, or with ``keep_gather`` keeps ``x_full``. Without ``return_gather`` x_full is
+    ``[0, K]``, unless it is kept; a transport that lends its memory then saves a copy. Raises UserError for
+    operands that do not multiply or a shard that does not fit ``rows``, TransportError if a peer fails.
     """
     _check_operands(x_shard, w_shard)
     plan = _plan("all_gather", _rows_per_rank(x_shard, group, rows), group)
     y = x_shard.new_empty(plan.rows, w_shard.shape[0])
 
-    def compute(chunk: int, x_full: Tensor) -> None:
-        _product(x_full[_rows(plan, chunk)], w_shard, y[_rows(plan, chunk)])
+    def compute(chunk: int, gathered: _Gathered) -> None:
+        _product(gathered.rows(_rows(plan, chunk)), w_shard, y[_rows(plan, chunk)])
 
-    x_full = _gather(plan, x_shard, group, site, compute)
-    return y, x_full
+    return y, _gather(plan, x_shard, group, site, compute, keep=keep_gather or return_gather)
 
 
 @torch.library.custom_op("flashtrain::all_gather_weight_grad", mutates_args=(), tags=_TAGS)
@@ -215,16 +273,16 @@ def all_gather_weight_grad(x_shard: Tensor, dy: Tensor, group: str, site: str = 
     wide = torch.promote_types(x_shard.dtype, torch.float32)
     dw = torch.zeros(dy.shape[1], x_shard.shape[1], dtype=wide, device=dy.device)
 
-    def compute(chunk: int, x_full: Tensor) -> None:
+    def compute(chunk: int, gathered: _Gathered) -> None:
         owner = plan.chunks[chunk].owner
         if chunk == (owner + 1) * plan.subchunks - 1:
             rows = plan.rows_of(owner)
             if dw.dtype == dy.dtype:
-                dw.addmm_(dy[rows].t(), x_full[rows])
+                dw.addmm_(dy[rows].t(), gathered.rows(rows))
             else:
-                dw.add_(torch.mm(dy[rows].t(), x_full[rows]))
+                dw.add_(torch.mm(dy[rows].t(), gathered.rows(rows)))
 
-    _gather(plan, x_shard, group, site, compute)
+    _gather(plan, x_shard, group, site, compute, keep=False)
     return dw.to(x_shard.dtype)
 
 
@@ -266,9 +324,11 @@ def _(
     site: str = "",
     rows: int | None = None,
     keep_gather: bool = False,
+    return_gather: bool = True,
 ) -> tuple[Tensor, Tensor]:
     gathered = _gathered_rows(x_shard, group, rows)
-    return x_shard.new_empty(gathered, w_shard.shape[0]), x_shard.new_empty(gathered, x_shard.shape[1])
+    kept = gathered if keep_gather or return_gather else 0
+    return x_shard.new_empty(gathered, w_shard.shape[0]), x_shard.new_empty(kept, x_shard.shape[1])
 
 
 @all_gather_weight_grad.register_fake
@@ -313,7 +373,8 @@ def _reduce_scatter_backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
 
 
 def _all_gather_matmul_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x_shard, w_shard, ctx.group, ctx.site, _, ctx.keep_gather = inputs
+    x_shard, w_shard, ctx.group, ctx.site, _, ctx.keep_gather, return_gather = inputs
+    ctx.returns_gather = ctx.keep_gather or return_gather
     ctx.save_for_backward(output[1] if ctx.keep_gather else x_shard, w_shard)
     ctx.set_materialize_grads(False)
 
@@ -329,10 +390,10 @@ def _all_gather_matmul_backward(ctx, dy: Tensor | None, dx_full: Tensor | None):
             dw_shard = torch.mm(dy.t(), x)
         elif ctx.needs_input_grad[1]:
             dw_shard = all_gather_weight_grad(x, dy, ctx.group, ctx.site)
-    if dx_full is not None and ctx.needs_input_grad[0]:
+    if dx_full is not None and ctx.returns_gather and ctx.needs_input_grad[0]:
         more = reduce_scatter(dx_full.contiguous(), ctx.group, ctx.site)
         dx_shard = more if dx_shard is None else dx_shard + more
-    return dx_shard, dw_shard, None, None, None, None
+    return dx_shard, dw_shard, None, None, None, None, None
 
 
 def _matmul_reduce_scatter_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -342,8 +403,11 @@ def _matmul_reduce_scatter_context(ctx, inputs, output) -> None:  # type: ignore
 
 def _matmul_reduce_scatter_backward(ctx, dy_shard: Tensor):  # type: ignore[no-untyped-def]
     x, w_shard = ctx.saved_tensors
-    dx, dy = all_gather_matmul(dy_shard.contiguous(), w_shard.t(), ctx.group, ctx.site, x.shape[0])
-    dw_shard = torch.mm(dy.t(), x) if ctx.needs_input_grad[1] else None
+    wanted = ctx.needs_input_grad[1]
+    dx, dy = all_gather_matmul(
+        dy_shard.contiguous(), w_shard.t(), ctx.group, ctx.site, x.shape[0], return_gather=wanted
+    )
+    dw_shard = torch.mm(dy.t(), x) if wanted else None
     return dx, dw_shard, None, None
 
 
@@ -358,7 +422,8 @@ matmul_reduce_scatter.register_autograd(
 def all_reduce(x: Tensor, group: str, site: str = "", scale: float = 1.0) -> Tensor:
     """Sum ``x`` over the ranks in rank order, times ``scale``: reduce-scatter, then all-gather.
 
-    Any shape, equal bits on every rank. Not differentiable. Raises TransportError if a peer fails.
+    ``x [...]`` of any shape -> the same shape, equal bits on every rank. Not differentiable. Raises
+    TransportError if a peer fails.
     """
     flat = x.detach().reshape(-1)
     return all_gather(reduce_scatter(flat, group, site, scale), group, site, flat.shape[0]).reshape(x.shape)

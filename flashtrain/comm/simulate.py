@@ -33,7 +33,8 @@ class ScheduleError(ValueError):
 class Event(NamedTuple):
     """One engine of ``rank`` is busy with ``chunk`` in ``[start, end)``.
 
-    ``peer`` is the other rank of a transfer; ``step`` computed, sent or expected the chunk on this rank.
+    Times are in the caller's unit of time. ``peer`` is the other rank of a transfer; ``step`` computed, sent
+    or expected the chunk on this rank.
     """
 
     rank: int
@@ -47,7 +48,7 @@ class Event(NamedTuple):
 
 @dataclass(frozen=True)
 class Timeline:
-    """What every engine did, in order of start.
+    """What every engine did, in order of start. Times are in the caller's unit of time.
 
     ``makespan`` is when the last rank is done, its sends included. ``exposed[r]`` is the time in which
     rank r did not compute, pauses left out.
@@ -65,7 +66,7 @@ class Timeline:
 
 
 def bound(world: int, compute: Time, transfer: Time, subchunks: int = 1) -> Fraction:
-    """Least makespan of W equal chunks that take ``compute`` and ``transfer`` each.
+    """Least makespan of W equal chunks that take ``compute`` and ``transfer`` each, in one unit of time.
 
     A reduce-scatter cannot send before its first piece is computed, an all-gather must compute one
     piece after the last arrival, and one link carries W-1 chunks.
@@ -79,7 +80,8 @@ def check(schedules: Sequence[Schedule]) -> None:
 
     Covers what does not depend on time: one family, every chunk computed once, the own chunk first
     (all-gather) or last, sends and expects that match one to one and in the same order for each pair of
-    ranks, nothing delivered twice or never, nothing sent that the rank does not have.
+    ranks, nothing delivered twice or never, nothing sent that the rank does not have. Raises ValueError
+    for no schedules at all.
     """
     if not schedules:
         raise ValueError("there are no schedules to check")
@@ -375,12 +377,12 @@ def simulate(
 ) -> Timeline:
     """Check ``schedules`` (one for each rank, in rank order) and replay them.
 
-    ``compute`` and ``transfer`` give the time of a chunk from its rows; times are int or Fraction and
-    exact. ``pauses[rank, step]`` is time in which a rank stands still before that step, so a pause
-    before step 0 is a late start. ``slowdown[rank]`` multiplies a rank's compute times. With
+    ``compute`` and ``transfer`` give the time of a chunk from its rows; times are int or Fraction, in one
+    unit of time, and exact. ``pauses[rank, step]`` is time in which a rank stands still before that step, so
+    a pause before step 0 is a late start. ``slowdown[rank]`` multiplies a rank's compute times. With
     ``rendezvous`` a transfer also waits until the destination has reached the step that takes it in,
     as two-sided transports do. Raises ScheduleError for schedules that fail ``check``, that deadlock,
-    or that leave a chunk's owner without exactly one partial of every rank.
+    or that leave a chunk's owner without exactly one partial of every rank, and ValueError for none.
     """
     check(schedules)
     return _Replay(

@@ -107,25 +107,33 @@ class VocabularyParallelCrossEntropy(_OverTensorGroup, nn.Module):
 class _Style(ParallelStyle):
     rows: Rows | None = None
 
-    def _convert(self, module: nn.Module, wanted: type, becomes: type, mesh: DeviceMesh) -> None:
+    def _convert(
+        self, module: nn.Module, wanted: type, becomes: type, mesh: DeviceMesh, shards: dict[str, int]
+    ) -> nn.Module:
+        """Make ``module`` a ``becomes``; ``shards`` maps parameters to the dimension they are cut along."""
         if not isinstance(module, wanted):
             raise UserError(
                 f"{type(self).__name__} applies to {wanted.__name__}, not to {type(module).__name__}"
             )
+        present = {name: dim for name, dim in shards.items() if getattr(module, name) is not None}
+        for name, dim in present.items():
+            shape = module.get_parameter(name).shape
+            if shape[dim] % mesh.size():
+                raise UserError(
+                    f"dimension {dim} of {name} {list(shape)} of {type(module).__name__} does not divide by "
+                    f"the tensor-parallel degree {mesh.size()}"
+                )
+        for name, dim in present.items():
+            _shard(module, name, dim, mesh)
         # The module keeps its parameters, hooks and name; only what forward does changes.
         module.__class__ = becomes
         module._join(mesh, self.rows)  # type: ignore[operator]
+        return module
 
 
 def _shard(module: nn.Module, name: str, dim: int, mesh: DeviceMesh) -> None:
     parameter = module.get_parameter(name)
-    world, rank = mesh.size(), mesh.get_local_rank()
-    if parameter.shape[dim] % world:
-        raise UserError(
-            f"dimension {dim} of {name} {list(parameter.shape)} of {type(module).__name__} does not divide "
-            f"by the tensor-parallel degree {world}"
-        )
-    local = parameter.detach().chunk(world, dim)[rank].contiguous()
+    local = parameter.detach().chunk(mesh.size(), dim)[mesh.get_local_rank()].contiguous()
     sharded = DTensor.from_local(local, mesh, [Shard(dim)], run_check=False)
     setattr(module, name, nn.Parameter(sharded, requires_grad=parameter.requires_grad))
 
@@ -134,37 +142,29 @@ class ColumnParallel(_Style):
     """Shard an ``nn.Linear`` by output features; its input is sharded by rows, its output is not."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        self._convert(module, nn.Linear, ColumnParallelLinear, device_mesh)
-        _shard(module, "weight", 0, device_mesh)
-        if module.bias is not None:
-            _shard(module, "bias", 0, device_mesh)
-        return module
+        shards = {"weight": 0, "bias": 0}
+        return self._convert(module, nn.Linear, ColumnParallelLinear, device_mesh, shards)
 
 
 class RowParallel(_Style):
     """Shard an ``nn.Linear`` by input features; its output is sharded by rows. The bias is replicated."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        self._convert(module, nn.Linear, RowParallelLinear, device_mesh)
-        _shard(module, "weight", 1, device_mesh)
-        return module
+        return self._convert(module, nn.Linear, RowParallelLinear, device_mesh, {"weight": 1})
 
 
 class VocabularyParallel(_Style):
     """Shard an ``nn.Embedding`` by vocabulary; its output is sharded by rows."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        self._convert(module, nn.Embedding, VocabularyParallelEmbedding, device_mesh)
-        _shard(module, "weight", 0, device_mesh)
-        return module
+        return self._convert(module, nn.Embedding, VocabularyParallelEmbedding, device_mesh, {"weight": 0})
 
 
 class VocabularyParallelLoss(_Style):
     """Replace a module ``loss(logits, targets)`` by one whose logits are sharded by vocabulary."""
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        self._convert(module, nn.Module, VocabularyParallelCrossEntropy, device_mesh)
-        return module
+        return self._convert(module, nn.Module, VocabularyParallelCrossEntropy, device_mesh, {})
 
 
 class SequenceParallel(_Style):

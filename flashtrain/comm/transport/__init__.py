@@ -3,6 +3,7 @@
 import atexit
 import importlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
 
@@ -34,24 +35,30 @@ log = logging.getLogger("flashtrain.comm")
 class Settings:
     """How communication runs in this process; the same on every rank.
 
-    ``transport``: auto takes host where all ranks of a group are CPU ranks of one machine, else group.
+    ``transport``: auto takes host where all ranks of a group are CPU ranks of one machine, nvlink where they
+    have GPUs of one machine that reach each other's memory, else group.
     ``kind`` and ``subchunks``: see ``comm.schedule``; ring adds along the ring, so its bits are its own.
     ``timeout``: seconds without a sign of life from a peer after which an operation fails.
     ``keep_gather``: keep the gathered input of a column-parallel product for its weight gradient,
     W times the activation memory, instead of gathering it again in the backward pass.
+    ``arena_bytes``: the most device memory that the landing buffers of one group may take on nvlink.
     """
 
-    transport: Literal["auto", "host", "group"] = "auto"
+    transport: Literal["auto", "nvlink", "host", "group"] = "auto"
     kind: Kind = "direct"
     subchunks: int = 1
     timeout: float = 120.0
     keep_gather: bool = False
+    arena_bytes: int = 8 << 30
 
     def validate(self) -> None:
+        """Raises UserError for a setting out of its range."""
         if self.subchunks < 1:
             raise UserError(f"comm.subchunks is {self.subchunks}; it must be at least 1")
         if self.timeout <= 0:
             raise UserError(f"comm.timeout is {self.timeout}; it must be a number of seconds above 0")
+        if self.arena_bytes < 4 << 20:
+            raise UserError(f"comm.arena_bytes is {self.arena_bytes}; it must be at least {4 << 20} (4 MiB)")
 
 
 _settings = Settings()
@@ -100,11 +107,15 @@ def of(group_name: str, device: torch.device) -> Transport:
 def _choose(group: dist.ProcessGroup, device: torch.device) -> Transport:
     wanted = _settings.transport
     if wanted != "group" and group.size() > 1 and dist.get_backend(group) != "fake":
-        transport, why_not = _try_host(group, device)
+        attempts = {"cpu": ("host", _try_host), "cuda": ("nvlink", _try_nvlink)}
+        name, attempt = attempts.get(device.type, ("", None))
+        transport, why_not = None, f"its ranks hold {device.type} tensors"
+        if attempt is not None and wanted in ("auto", name):
+            transport, why_not = attempt(group, device)
         if transport is not None:
             return transport
-        if wanted == "host":
-            raise UserError(f"comm.transport is host, but {why_not}; use comm.transport group")
+        if wanted != "auto":
+            raise UserError(f"comm.transport is {wanted}, but {why_not}; use comm.transport group")
         log.info("no shared-memory transport for this group: %s", why_not)
     if device.type == "cuda" and group.size() > 1 and dist.get_backend(group) == "nccl":
         ranks = dist.get_process_group_ranks(group)
@@ -112,29 +123,44 @@ def _choose(group: dist.ProcessGroup, device: torch.device) -> Transport:
     return GroupTransport(group, _settings.timeout)
 
 
-def _try_host(group: dist.ProcessGroup, device: torch.device) -> tuple[Transport | None, str]:
-    if device.type != "cpu":
-        return None, f"its ranks hold {device.type} tensors"
-
-    def exchange_addresses(own: str) -> list[str]:
+def _gather_strings(group: dist.ProcessGroup) -> Callable[[str], list[str]]:
+    def exchange(own: str) -> list[str]:
         everyone: list[str] = [""] * group.size()
         dist.all_gather_object(everyone, own, group=group)
         return everyone
 
+    return exchange
+
+
+def _try_nvlink(group: dist.ProcessGroup, device: torch.device) -> tuple[Transport | None, str]:
+    from flashtrain.comm.transport import nvlink
+
+    return nvlink.connect(group, device, _settings.timeout, _settings.arena_bytes, _gather_strings(group))
+
+
+def _try_host(group: dist.ProcessGroup, device: torch.device) -> tuple[Transport | None, str]:
+    exchange = _gather_strings(group)
     transport, why_not = None, ""
     try:
         host = importlib.import_module("flashtrain.comm.transport.host")
-        transport = host.HostTransport(group.rank(), group.size(), _settings.timeout, exchange_addresses)
-    except (ImportError, OSError, RuntimeError) as error:
-        why_not = str(error).splitlines()[0]
+    except ImportError as error:
+        why_not = _first_line(error)
+        exchange(f"error:{why_not}")  # ranks that have it wait for this one's address
+    else:
+        try:
+            transport = host.HostTransport(group.rank(), group.size(), _settings.timeout, exchange)
+        except (OSError, RuntimeError) as error:
+            why_not = _first_line(error)
     # One rank that cannot map the others' memory decides for all of them.
-    reasons: list[str] = [""] * group.size()
-    dist.all_gather_object(reasons, why_not, group=group)
-    refused = [f"rank {rank}: {reason}" for rank, reason in enumerate(reasons) if reason]
+    refused = [f"rank {rank}: {reason}" for rank, reason in enumerate(exchange(why_not)) if reason]
     if refused and transport is not None:
         transport.shutdown()
         transport = None
     return transport, refused[0] if refused else ""
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 @atexit.register

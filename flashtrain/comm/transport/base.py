@@ -7,12 +7,13 @@ returns an ``Exchange``; the executor then walks the schedule's actions and call
 
 import time
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 
 from torch import Tensor
 
 from flashtrain.comm.schedule import Expect, Schedule, Send
+from flashtrain.comm.transport.landing import Landing
 
 
 def clock() -> float:
@@ -38,26 +39,50 @@ class Traffic:
 
     @property
     def handling(self) -> float:
-        """Time inside operations that was neither a product nor waiting: copies, additions, calls."""
+        """Seconds inside operations that were neither a product nor waiting: copies, additions, calls."""
         return max(0.0, self.operating - self.computing - self.exposed)
 
     def reset(self) -> None:
+        """Start counting anew."""
         self.__init__()  # type: ignore[misc]
 
 
 class Exchange(ABC):
-    """One operation under way. ``close`` must be called; use it as a context manager."""
+    """One operation under way. ``close`` must be called; use it as a context manager.
+
+    ``borrowed``: arrivals land in ``landing_buffer`` alone, and that belongs to the transport.
+    """
+
+    borrowed = False
 
     def __init__(self, transport: "Transport", schedule: Schedule, site: str) -> None:
         self.transport, self.schedule, self.site = transport, schedule, site
         self._started: float | None = None
         self._landed = self._blocked = 0.0
 
+    def landing_buffer(self, like: Tensor, row_shape: tuple[int, ...]) -> Tensor:
+        """Memory for all that arrives: ``[rows, *row_shape]``, rows and places as in ``Landing(schedule)``.
+
+        Of the dtype and on the device of ``like``; ask once, before anything moves. Fresh memory for the
+        caller to keep, unless ``borrowed``: then it may be read and written until ``close``, by work issued
+        to the stream that was current here, and what is to outlive the operation must be copied.
+        """
+        return like.new_empty(Landing(self.schedule).rows(self.schedule.rank), *row_shape)
+
+    def begin(self, payload: Callable[[Send], Tensor]) -> Collection[Send]:
+        """Start sends whose payloads are complete before the first product, if early is better; return them.
+
+        ``payload(send) [rows, ...]`` has the rows of its chunk. What was started is not passed to
+        ``transfer`` again.
+        """
+        return ()
+
     def transfer(self, step: int, sends: Mapping[Send, Tensor], expects: Mapping[Expect, Tensor]) -> None:
         """Start moving ``sends`` and take in ``expects``; return at once.
 
-        Tensors are contiguous; each expected one is where its chunk lands, of the size that the peer
-        sends. Payloads must stay as they are until ``close``. Step ``step`` is for error messages.
+        Tensors ``[rows, ...]`` are contiguous and have the rows of their chunk; each expected one is where
+        its chunk lands, of the size that the peer sends. Payloads must stay as they are until ``close``.
+        ``step`` is for error messages.
         """
         if self._started is None:
             self._started = clock()
@@ -79,7 +104,7 @@ class Exchange(ABC):
         start = clock()
         self._close()
         self._blocked += clock() - start
-        if self._started is not None:
+        if self._started is not None and not self.transport.asynchronous:
             traffic = self.transport.traffic
             traffic.exposed += self._blocked
             # Sends that this rank had to wait for at the end were in flight longer than its arrivals.
@@ -127,10 +152,12 @@ class Transport(ABC):
     """Moves chunks between the ranks of one process group.
 
     ``timeout`` is in seconds. Operations run one after the other or interleaved, but every rank of the
-    group must open them in the same order.
+    group must open them in the same order. ``asynchronous``: waits order a device's stream and do not block
+    the host, whose clock then knows nothing of what was hidden: ``traffic`` counts bytes and host time only.
     """
 
     name: str
+    asynchronous = False
 
     def __init__(self, rank: int, world: int, timeout: float) -> None:
         self.rank, self.world, self.timeout = rank, world, timeout
@@ -139,6 +166,9 @@ class Transport(ABC):
     @abstractmethod
     def open(self, schedule: Schedule, site: str) -> Exchange:
         """Start one operation. ``site`` names it in messages and reports."""
+
+    def check(self) -> None:  # noqa: B027  nothing to say where operations raise themselves
+        """Raise TransportError if an operation has failed since the last call that could have said so."""
 
     @abstractmethod
     def shutdown(self) -> None:

@@ -16,7 +16,8 @@ class GroupTransport(Transport):
 
     The sends and receives of one step form one batch. In every schedule they are a permutation of the
     ranks, so NCCL, which runs batches in order, cannot deadlock. Give it a group of its own: point-to-point
-    calls on an NCCL group wait for every collective issued on it before.
+    calls on an NCCL group wait for every collective issued on it before. ``timeout`` is in seconds; on NCCL
+    the watchdog of the group keeps the time instead.
     """
 
     def __init__(self, group: dist.ProcessGroup, timeout: float) -> None:

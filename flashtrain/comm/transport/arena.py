@@ -1,0 +1,105 @@
+"""The landing buffers of one group: two of equal size on every rank, for even and odd epochs."""
+
+import logging
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from flashtrain.comm.transport.symmetric import ALIGNMENT, SymmetricBuffer
+from flashtrain.errors import TransportError, UserError
+
+log = logging.getLogger("flashtrain.comm")
+
+
+class Arena:
+    """Memory in which peers put chunks, of at most ``budget`` bytes a rank.
+
+    It grows when an operation needs more than it has, which all ranks see at the same operation because they
+    compute the need of the largest rank: ``quiesce`` (collective) waits until nothing moves on any rank,
+    ``exchange`` compares the new sizes, then the old memory is freed and ``allocate`` (collective) makes the
+    new. Otherwise nothing is allocated or freed. ``moved`` learns the new addresses and the distance in bytes
+    between the two buffers.
+    """
+
+    def __init__(
+        self,
+        allocate: Callable[[int], SymmetricBuffer],
+        exchange: Callable[[str], list[str]],
+        quiesce: Callable[[], None],
+        moved: Callable[[tuple[int, ...], int], None],
+        budget: int,
+    ) -> None:
+        self._allocate, self._exchange, self._quiesce, self._moved = allocate, exchange, quiesce, moved
+        self.budget = budget
+        self._buffer: SymmetricBuffer | None = None
+        self._half = 0
+        self._views: dict[tuple[int, torch.dtype, tuple[int, ...]], Tensor] = {}
+
+    @property
+    def nbytes(self) -> int:
+        """Device memory that this rank holds."""
+        return 2 * self._half
+
+    def reserve(self, nbytes: int, site: str) -> None:
+        """Make room for ``nbytes`` in each buffer; ``site`` is for messages.
+
+        Raises UserError if that exceeds the budget, TransportError if ranks differ in what they need.
+        """
+        if nbytes <= self._half and self._buffer is not None:
+            return
+        half = max(1, -(-nbytes // ALIGNMENT)) * ALIGNMENT
+        if 2 * half > self.budget:
+            raise UserError(
+                f"{site or 'an operation'} needs landing buffers of 2 x {_mib(half)}, but comm.arena_bytes "
+                f"allows {_mib(self.budget)}; raise it, or use more ranks or fewer tokens"
+            )
+        failure, mine = None, str(half)
+        try:
+            self._quiesce()
+        except RuntimeError as error:
+            failure, mine = error, "none, after an error"
+        sizes = self._exchange(mine)  # a rank that failed says so: the others would wait for it
+        if failure is not None:
+            raise failure
+        if len(set(sizes)) > 1:
+            raise TransportError(
+                f"{site or 'unnamed site'}: ranks need landing buffers of different sizes (bytes: "
+                f"{', '.join(sizes)}); one has failed, or they run different operations"
+            )
+        # Nobody writes into the old memory any more, and its views are the last that refer to it.
+        self._views.clear()
+        self._buffer = None
+        with torch.inference_mode(False):
+            self._buffer = self._allocate(2 * half)
+        self._half = half
+        self._moved(self._buffer.addresses, half)
+        log.info(
+            "landing buffers of %d ranks: 2 x %s a rank, of at most %s in all (for %s)",
+            len(self._buffer.addresses), _mib(half), _mib(self.budget), site or "an unnamed site",
+        )  # fmt: skip
+
+    def view(self, epoch: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        """The buffer of ``epoch`` as a contiguous tensor ``[*shape]``; views are made once and kept."""
+        key = (epoch % 2, dtype, shape)
+        view = self._views.get(key)
+        if view is None:
+            assert self._buffer is not None
+            nbytes = torch.Size(shape).numel() * dtype.itemsize
+            start = epoch % 2 * self._half
+            # A view made in inference mode could not be written outside it.
+            with torch.inference_mode(False):
+                view = self._buffer.memory[start : start + nbytes].view(dtype).view(shape)
+            if len(self._views) >= 4096:
+                self._views.clear()
+            self._views[key] = view
+        return view
+
+    def free(self) -> None:
+        """Give the memory back; nothing may move on any rank."""
+        self._views.clear()
+        self._buffer, self._half = None, 0
+
+
+def _mib(nbytes: int) -> str:
+    return f"{nbytes / 2**20:.0f} MiB"

@@ -1,0 +1,347 @@
+"""Transport between the GPUs of one host: copy engines push chunks into the peers' memory.
+
+No multiprocessor moves data. An operation is a list of copies and flag writes on one copy stream, handed to
+the driver by C++ (``csrc/copy_engine``), and waits for flags on the stream that computes; the host never
+waits. Payloads are read where they lie and land in the receiver's arena, which ``landing_buffer`` lends for
+the duration of the operation. Why two buffers and no acknowledgement suffice, and why payloads may be freed
+after the operation, is shown in ``csrc/copy_engine.hpp``.
+
+Operations of one transport follow one another, in the same order on every rank; what is to overlap needs a
+group of its own. A peer that stops is found by the watchdog (``csrc/watchdog.hpp``): it lets the waiting
+streams go on with data that nobody may use, and the next call of any operation, or ``check``, raises
+TransportError on every rank.
+"""
+
+from collections.abc import Callable, Collection, Mapping
+from contextlib import suppress
+from importlib import import_module
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from torch import Tensor
+
+from flashtrain.comm.schedule import Expect, Schedule, Send, all_gather
+from flashtrain.comm.transport import symmetric
+from flashtrain.comm.transport.arena import Arena
+from flashtrain.comm.transport.base import Exchange, Transport, clock
+from flashtrain.comm.transport.landing import Landing
+from flashtrain.comm.transport.symmetric import SymmetricBuffer
+from flashtrain.errors import TransportError
+
+DRIVER = "libcuda.so.1"
+_PROGRAMS_KEPT = 4096
+_TRIAL_BYTES = 4096
+
+
+class Plan:
+    """A schedule whose rows have ``row_bytes``: what C++ needs, and the numbers that messages have there."""
+
+    def __init__(self, core: Any, schedule: Schedule, row_bytes: int) -> None:
+        self.schedule, self.landing = schedule, Landing(schedule)
+        self.row_bytes, self.rows = row_bytes, self.landing.rows(schedule.rank)
+        self.nbytes = self.landing.most_rows() * row_bytes
+        sends: list[tuple[int, ...]] = []
+        arrivals: list[tuple[int, ...]] = []
+        self.sends: dict[Send, int] = {}
+        self.arrivals: dict[Expect, int] = {}
+        self.early: list[Send] = []
+        leaving, coming = [0] * schedule.world, [0] * schedule.world
+        for index, step in enumerate(schedule.steps):
+            for send in step.sends:
+                span = self.landing.span(send.dst, send.chunk, send.slot)
+                self.sends[send] = len(sends)
+                sends.append(_message(index, send.dst, leaving, send.chunk, span, row_bytes))
+                if schedule.gathers and send.chunk in schedule.own:
+                    self.early.append(send)
+            for expect in step.expects:
+                span = self.landing.span(schedule.rank, expect.chunk, expect.slot)
+                self.arrivals[expect] = len(arrivals)
+                arrivals.append(_message(index, expect.src, coming, expect.chunk, span, row_bytes))
+        if max(*leaving, *coming, len(sends)) > core.flag_columns:
+            raise ValueError(
+                f"{schedule.op} has more chunks a rank than the {core.flag_columns} that have flags"
+            )
+        self.program = core.Program(schedule.op, len(schedule.steps), sends, arrivals)
+
+
+def _message(
+    step: int, peer: int, counts: list[int], chunk: int, span: slice, row_bytes: int
+) -> tuple[int, ...]:
+    counts[peer] += 1
+    return (peer, counts[peer] - 1, step, chunk, span.start * row_bytes, (span.stop - span.start) * row_bytes)
+
+
+def clear_table(allocate: Callable[[int], SymmetricBuffer], world: int, epoch: int = 0) -> SymmetricBuffer:
+    """Flags of one group, as if operation ``epoch`` had been the last; all must be there before use."""
+    core = import_module("flashtrain._core")
+    table = allocate(core.flag_table_words(world) * 4)
+    words = table.memory.view(torch.int32)
+    words.zero_()
+    words[: core.flag_words(world)] = epoch if epoch < 2**31 else epoch - 2**32
+    return table
+
+
+class NvlinkTransport(Transport):
+    """Copy engines between ``world`` GPUs of one host, each rank with one; ``timeout`` in seconds.
+
+    ``table`` is the symmetric memory of ``clear_table``. For the arena, ``allocate(bytes)`` makes symmetric
+    memory and ``exchange`` gathers one string from every rank, both collective; ``quiesce`` waits until this
+    rank's device is idle; ``arena_bytes`` is the most that landing buffers may take. ``stream()`` is the
+    handle of the stream that computes. Raises RuntimeError if the driver lacks something.
+    """
+
+    name = "nvlink"
+    asynchronous = True
+
+    def __init__(
+        self,
+        rank: int,
+        world: int,
+        timeout: float,
+        *,
+        table: SymmetricBuffer,
+        allocate: Callable[[int], SymmetricBuffer],
+        exchange: Callable[[str], list[str]],
+        quiesce: Callable[[], None],
+        stream: Callable[[], int],
+        arena_bytes: int,
+        driver: str = DRIVER,
+        epoch: int = 0,
+    ) -> None:
+        super().__init__(rank, world, timeout)
+        self._core = import_module("flashtrain._core")
+        self._plans: dict[tuple[int, int], Plan] = {}
+        self._stream, self._quiesce, self._table = stream, quiesce, table
+        self._engine: Any = self._core.CopyEngine(driver, rank, timeout, epoch, table.addresses)
+
+        def settle() -> None:
+            quiesce()
+            self.check()
+
+        self.arena = Arena(allocate, exchange, settle, self._engine.use_landings, arena_bytes)
+
+    def open(self, schedule: Schedule, site: str) -> "NvlinkExchange":
+        if self._engine is None:
+            raise TransportError(f"rank {self.rank}: {site or 'unnamed site'}: the transport was shut down")
+        return NvlinkExchange(self, schedule, site)
+
+    def check(self) -> None:
+        try:
+            self._engine.check()
+        except RuntimeError as error:
+            raise TransportError(str(error)) from None
+
+    def plan(self, schedule: Schedule, row_bytes: int) -> Plan:
+        """The plan of ``schedule``, made at its first use. Raises ValueError if it needs too many flags."""
+        # By identity: schedules are cached where they are built, and comparing them costs more than building
+        # this. The plan holds its schedule, so an identity is not used twice.
+        key = (id(schedule), row_bytes)
+        found = self._plans.get(key)
+        if found is None:
+            if len(self._plans) >= _PROGRAMS_KEPT:
+                self._plans.clear()
+            found = self._plans[key] = Plan(self._core, schedule, row_bytes)
+        return found
+
+    def trial(self, device: torch.device) -> None:
+        """Gather a few bytes as an operation would. Raises RuntimeError if they do not arrive."""
+        rows = torch.full((_TRIAL_BYTES,), self.rank + 1, dtype=torch.uint8, device=device)
+        schedule = all_gather((_TRIAL_BYTES,) * self.world, self.rank)
+        with self.open(schedule, "trial of the links") as exchange:
+            landed = exchange.landing_buffer(rows, ())
+            exchange.begin(lambda send: rows)
+            for step in schedule.steps:
+                for expect in step.expects:
+                    exchange.wait(0, expect)
+            seen = landed.clone()
+        found = [set(part.tolist()) for part in seen.chunk(self.world)]
+        self.check()
+        wrong = [peer for peer in range(self.world) if peer != self.rank and found[peer] != {peer + 1}]
+        if wrong:
+            raise RuntimeError(f"what rank {wrong[0]} sent did not arrive at rank {self.rank}")
+
+    def shutdown(self) -> None:
+        if self._engine is None:
+            return
+        # Copies under way write to peers; the watchdog, still there, ends those that wait for one.
+        with suppress(RuntimeError):
+            self._quiesce()
+        self._engine = None
+        self.arena.free()
+        self._plans.clear()
+
+
+class NvlinkExchange(Exchange):
+    """One operation; it begins when its landing buffer is asked for, since that fixes the size of a row."""
+
+    transport: NvlinkTransport
+    borrowed = True
+
+    def __init__(self, transport: NvlinkTransport, schedule: Schedule, site: str) -> None:
+        super().__init__(transport, schedule, site)
+        self._engine = transport._engine
+        self._plan: Plan | None = None
+        self.epoch = -1
+
+    def landing_buffer(self, like: Tensor, row_shape: tuple[int, ...]) -> Tensor:
+        # Where the arena must grow, this waits until the devices of all ranks are idle.
+        row_bytes = torch.Size(row_shape).numel() * like.element_size()
+        transport = self.transport
+        plan = transport.plan(self.schedule, row_bytes)
+        transport.arena.reserve(plan.nbytes, self.site)
+        self.epoch = self._call(self._engine.open, plan.program, self.site, transport._stream())
+        self._plan = plan
+        return transport.arena.view(self.epoch, like.dtype, (plan.rows, *row_shape))
+
+    def begin(self, payload: Callable[[Send], Tensor]) -> Collection[Send]:
+        # Every own chunk to everyone in one call: the host leaves no gaps between the copies.
+        early = self._opened().early
+        if early:
+            self._push(self._engine.push_early, {send: payload(send) for send in early})
+        return early
+
+    def flag(self, expect: Expect) -> int:
+        """Address of a 32-bit word; ``expect`` has landed when it minus ``epoch``, signed, is >= 0.
+
+        Raises ValueError before the landing buffer was asked for.
+        """
+        address: int = self._engine.flag(self._opened().arrivals[expect])
+        return address
+
+    def signal(self, send: Send) -> int:
+        """Address of a 32-bit word that a kernel sets to ``epoch`` when the payload of ``send`` is ready.
+
+        Raises ValueError before the landing buffer was asked for.
+        """
+        address: int = self._engine.signal(self._opened().sends[send])
+        return address
+
+    def push_signalled(self, sends: Mapping[Send, Tensor]) -> None:
+        """Push each send's payload ``[rows, ...]`` when its ``signal`` is set.
+
+        Launch the kernel that sets them before this call: where streams share one hardware queue
+        (CUDA_DEVICE_MAX_CONNECTIONS), it would stand behind the wait for it. Raises ValueError for a payload that
+        is not the chunk's rows, TransportError if an operation has failed.
+        """
+        self._push(self._engine.push_signalled, sends)
+
+    def _opened(self) -> Plan:
+        if self._plan is None:
+            raise ValueError("ask for the landing buffer first: it begins the operation")
+        return self._plan
+
+    def _push(self, how: Callable[[list[int], list[int]], None], sends: Mapping[Send, Tensor]) -> None:
+        plan, sources = self._opened(), []
+        for send, payload in sends.items():
+            nbytes = self.schedule.chunks[send.chunk].rows * plan.row_bytes
+            if not payload.is_contiguous() or payload.nbytes != nbytes:
+                raise ValueError(f"the payload of chunk {send.chunk} is not its rows, one after the other")
+            sources.append(payload.data_ptr())
+            self.transport.traffic.bytes_sent += payload.nbytes
+        self._call(how, [plan.sends[send] for send in sends], sources)
+
+    def _transfer(self, step: int, sends: Mapping[Send, Tensor], expects: Mapping[Expect, Tensor]) -> None:
+        if sends:
+            self._push(self._engine.push, sends)
+
+    def transfer(self, step: int, sends: Mapping[Send, Tensor], expects: Mapping[Expect, Tensor]) -> None:
+        self._transfer(step, sends, expects)
+
+    def wait(self, step: int, expect: Expect) -> None:
+        # The stream waits, not the host.
+        self._call(self._engine.wait, self._opened().arrivals[expect])
+
+    def _wait(self, step: int, expect: Expect) -> float:
+        self.wait(step, expect)
+        return clock()
+
+    def _close(self) -> None:
+        if self._plan is not None:
+            self._call(self._engine.close)
+
+    def _abort(self) -> None:
+        if self._plan is not None and self._engine is not None:
+            self._engine.abort("an exception broke it off")
+
+    def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
+        try:
+            return function(*arguments)
+        except RuntimeError as error:
+            text = str(error)
+            where = f"rank {self.transport.rank}: {self.site or 'unnamed site'}: {self.schedule.op}"
+            # The watchdog's messages say where; the driver's do not.
+            raise TransportError(text if text.startswith("rank ") else f"{where}: {text}") from None
+
+
+def connect(
+    group: dist.ProcessGroup,
+    device: torch.device,
+    timeout: float,
+    arena_bytes: int,
+    exchange: Callable[[str], list[str]],
+) -> tuple[NvlinkTransport | None, str]:
+    """The transport of ``group``, tried out, or None and why not; the same on all ranks. Collective.
+
+    ``timeout`` in seconds; ``exchange`` gathers one string from every rank of the group.
+    """
+    if device.index is None:
+        device = torch.device(device.type, torch.cuda.current_device())
+
+    def agree(failure: str) -> str:
+        """What one rank cannot do, none does: every rank takes part in every round."""
+        return next((f"rank {rank}: {text}" for rank, text in enumerate(exchange(failure)) if text), "")
+
+    def allocate(nbytes: int) -> SymmetricBuffer:
+        return symmetric.allocate(nbytes, device, group)
+
+    def quiesce() -> None:
+        torch.cuda.synchronize(device)
+
+    try:
+        import_module("flashtrain._core").load_driver(DRIVER)
+        facts = symmetric.facts(device)
+    except (ImportError, OSError, RuntimeError) as error:
+        facts = f"error:{_first_line(error)}"
+    why_not = symmetric.refusal(exchange(facts))
+    if why_not:
+        return None, why_not
+    table, transport = None, None
+    try:
+        table = clear_table(allocate, group.size())
+        quiesce()
+        failure = ""
+    except RuntimeError as error:
+        failure = _first_line(error)
+    why_not = agree(failure)
+    if why_not or table is None:
+        return None, why_not
+    try:
+        transport = NvlinkTransport(
+            group.rank(),
+            group.size(),
+            timeout,
+            table=table,
+            allocate=allocate,
+            exchange=exchange,
+            quiesce=quiesce,
+            stream=lambda: torch.cuda.current_stream(device).cuda_stream,
+            arena_bytes=arena_bytes,
+        )
+    except RuntimeError as error:
+        failure = _first_line(error)
+    why_not = agree(failure)
+    if not why_not and transport is not None:
+        try:
+            transport.trial(device)
+        except RuntimeError as error:
+            failure = _first_line(error)
+        why_not = agree(failure)
+    if why_not and transport is not None:
+        transport.shutdown()
+        transport = None
+    return transport, why_not
+
+
+def _first_line(error: Exception) -> str:
+    return next(iter(str(error).splitlines()), type(error).__name__)

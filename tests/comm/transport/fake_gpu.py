@@ -1,0 +1,227 @@
+"""Ranks as threads, each with a GPU made of threads: see ``csrc/tests/fake_driver.cpp``.
+
+Work on a fake stream runs later, as on a GPU: a test issues copies to it, looks at the results when it has
+synchronised, and never touches tensors from the host in between.
+"""
+
+import ctypes
+import os
+import random
+import shutil
+import subprocess
+import tempfile
+import threading
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashtrain.comm import overlap
+from flashtrain.comm.schedule import Expect, Schedule, Send
+from flashtrain.comm.transport.base import Exchange
+from flashtrain.comm.transport.landing import Landing
+from flashtrain.comm.transport.nvlink import NvlinkTransport, clear_table
+from flashtrain.comm.transport.symmetric import SymmetricBuffer
+
+SOURCE = Path(__file__).resolve().parents[3] / "csrc" / "tests" / "fake_driver.cpp"
+
+
+@cache
+def driver() -> str:
+    """Path of the fake driver, compiled at first use."""
+    compiler = shutil.which(os.environ.get("CXX", "c++"))
+    if compiler is None and os.environ.get("FLASHTRAIN_REQUIRE_EXT", "0") in ("", "0"):
+        pytest.skip("there is no C++ compiler")
+    assert compiler is not None, "FLASHTRAIN_REQUIRE_EXT is set, but there is no C++ compiler"
+    library = Path(tempfile.mkdtemp(prefix="flashtrain-fake-driver-")) / "libcuda.so"
+    flags = ["-std=c++17", "-O1", "-Wall", "-Wextra", "-Werror", "-shared", "-fPIC", "-pthread"]
+    subprocess.run([compiler, *flags, str(SOURCE), "-o", str(library)], check=True)
+    return str(library)
+
+
+@cache
+def _library() -> Any:
+    library = ctypes.CDLL(driver())
+    library.fake_stream.restype = ctypes.c_void_p
+    library.fake_copy.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64]
+    library.fake_write.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32]
+    for name in ("fake_sleep", "fake_synchronize"):
+        getattr(library, name).argtypes = [ctypes.c_void_p, ctypes.c_uint32][: 1 + (name == "fake_sleep")]
+    return library
+
+
+# A driver keeps memory that a peer has mapped, and an allocator what a stream still works on; threads would
+# crash on it.
+_mapped: list[Any] = []
+
+
+def delay(microseconds: int) -> None:
+    """Let every entry of every stream begin late by a random time up to ``microseconds``."""
+    _library().fake_delay(microseconds)
+
+
+class Stream:
+    """What a rank computes on."""
+
+    def __init__(self) -> None:
+        self.handle: int = _library().fake_stream()
+
+    def copy(self, to: Tensor, source: Tensor) -> None:
+        assert to.nbytes == source.nbytes
+        assert to.is_contiguous()
+        assert source.is_contiguous()
+        _library().fake_copy(self.handle, to.data_ptr(), source.data_ptr(), to.nbytes)
+
+    def write(self, address: int, value: int) -> None:
+        _library().fake_write(self.handle, address, value)
+
+    def sleep(self, microseconds: int) -> None:
+        _library().fake_sleep(self.handle, microseconds)
+
+    def synchronize(self) -> None:
+        _library().fake_synchronize(self.handle)
+
+
+class Ranks:
+    """``world`` ranks of one process that share memory and agree at a barrier."""
+
+    def __init__(self, world: int) -> None:
+        self.world, self.barrier = world, threading.Barrier(world)
+        self.board: list[Any] = [None] * world
+
+    def exchange(self, rank: int, own: Any) -> list[Any]:
+        self.board[rank] = own
+        self.barrier.wait(60)
+        everyone = list(self.board)
+        self.barrier.wait(60)
+        return everyone
+
+    def allocate(self, rank: int, nbytes: int) -> SymmetricBuffer:
+        memory = torch.full((nbytes,), 0xEE, dtype=torch.uint8)
+        _mapped.append(memory)
+        return SymmetricBuffer(memory, tuple(self.exchange(rank, memory.data_ptr())))
+
+    def connect(self, rank: int, stream: Stream, timeout: float = 30.0, **options: Any) -> NvlinkTransport:
+        def allocate(nbytes: int) -> SymmetricBuffer:
+            return self.allocate(rank, nbytes)
+
+        table = clear_table(allocate, self.world, options.pop("flags", options.get("epoch", 0)))
+        self.exchange(rank, "")
+        return NvlinkTransport(
+            rank,
+            self.world,
+            timeout,
+            table=table,
+            allocate=allocate,
+            exchange=lambda text: self.exchange(rank, text),
+            quiesce=stream.synchronize,
+            stream=lambda: stream.handle,
+            **{"arena_bytes": 1 << 30, "driver": driver(), **options},
+        )
+
+    def run(self, main: Callable[[int, "Ranks"], Any]) -> list[Any]:
+        """Call ``main(rank, self)`` in a thread a rank; return the results, raise the first failure."""
+        results: list[Any] = [None] * self.world
+        failures: list[BaseException] = []
+
+        def thread(rank: int) -> None:
+            try:
+                results[rank] = main(rank, self)
+            except BaseException as error:
+                failures.append(error)
+                self.barrier.abort()
+
+        threads = [threading.Thread(target=thread, args=(rank,)) for rank in range(self.world)]
+        for one in threads:
+            one.start()
+        for one in threads:
+            one.join(120)
+            assert not one.is_alive(), "a rank hangs"
+        if failures:
+            raise next((e for e in failures if not isinstance(e, threading.BrokenBarrierError)), failures[0])
+        return results
+
+
+def contribution(schedule: Schedule, rank: int, chunk: int, salt: int) -> Tensor:
+    """What ``rank`` has for ``chunk``: ``[rows, 3]`` int32."""
+    rows = schedule.chunks[chunk].rows
+    return (
+        torch.arange(rows * 3, dtype=torch.int32).view(rows, 3)
+        + (chunk * 64 + rank) * 4096
+        + salt * 1_000_000
+    )
+
+
+class Operation:
+    """One operation whose products are copies; ``check`` when the stream has been synchronised."""
+
+    def __init__(self, transport: NvlinkTransport, stream: Stream, schedule: Schedule, salt: int) -> None:
+        self.schedule, self.salt, self.rank = schedule, salt, transport.rank
+        _mapped.append(self)
+        self.layout = Landing(schedule)
+        chunks = range(len(schedule.chunks))
+        self.own = {chunk: contribution(schedule, self.rank, chunk, salt) for chunk in chunks}
+        self.leaving = {chunk: torch.empty_like(self.own[chunk]) for chunk in chunks}
+        self.seen = torch.zeros(self.layout.rows(self.rank), 3, dtype=torch.int32)
+        self.garbage = torch.full((max(1, schedule.rows), 3), -1, dtype=torch.int32)
+        landed = self.seen
+
+        def opened(exchange: Exchange) -> None:
+            nonlocal landed
+            landed = exchange.landing_buffer(self.seen, (3,))
+            if schedule.gathers:
+                for chunk in schedule.own:
+                    self.leaving[chunk].copy_(self.own[chunk])  # complete before the operation
+
+        def span(part: Expect) -> slice:
+            return self.layout.span(self.rank, part.chunk, part.slot)
+
+        def payload(send: Send) -> Tensor:
+            if schedule.gathers and send.chunk not in schedule.own:
+                return landed[self.layout.span(self.rank, send.chunk, send.slot)]
+            return self.leaving[send.chunk]
+
+        def compute(chunk: int) -> None:
+            if not schedule.gathers:
+                stream.copy(self.leaving[chunk], self.own[chunk])
+
+        def arrived(expect: Expect) -> None:
+            stream.copy(self.seen[span(expect)], landed[span(expect)])
+            if schedule.kind == "ring" and not schedule.gathers:
+                # In place of an addition: the newer sum replaces what was computed.
+                stream.copy(self.leaving[expect.chunk], landed[span(expect)])
+
+        overlap.run(
+            schedule,
+            transport,
+            f"site {salt}",
+            payload=payload,
+            landing=lambda expect: landed[span(expect)],
+            compute=compute,
+            landed=arrived,
+            opened=opened,
+        )
+        # Functional ops free their payloads here, and the next owner writes into them on the same stream.
+        for tensor in self.leaving.values():
+            stream.copy(tensor, self.garbage[: len(tensor)])
+
+    def check(self) -> None:
+        schedule = self.schedule
+        for step in schedule.steps:
+            for expect in step.expects:
+                source = schedule.chunks[expect.chunk].owner if schedule.gathers else expect.src
+                if schedule.kind == "ring" and not schedule.gathers:
+                    source = (
+                        schedule.chunks[expect.chunk].owner + 1
+                    ) % schedule.world  # the first of the chain
+                wanted = contribution(schedule, source, expect.chunk, self.salt)
+                found = self.seen[self.layout.span(self.rank, expect.chunk, expect.slot)]
+                assert torch.equal(found, wanted), (schedule.op, self.salt, self.rank, expect)
+
+
+def random_rows(choice: random.Random, world: int) -> tuple[int, ...]:
+    return tuple(choice.choice((0, 1, 7, 64, 300)) for _ in range(world))

@@ -1,0 +1,44 @@
+"""The nvlink transport on real GPUs; what can be seen without one is in test_nvlink_on_threads.py."""
+
+import pytest
+import torch
+
+from tests.comm.transport import gpu_ranks
+from tests.distributed import run_distributed
+
+GPUS = torch.cuda.device_count()
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(GPUS < 2, reason="needs two GPUs that reach each other's memory"),
+]
+WORLDS = [pytest.param(w, marks=pytest.mark.skipif(w > GPUS, reason=f"needs {w} GPUs")) for w in (2, 4)]
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize(("kind", "subchunks"), [("direct", 1), ("direct", 3), ("ring", 1), ("ring", 2)])
+def test_bits_equal_those_over_nccl_and_of_the_replayed_schedule(
+    world: int, kind: str, subchunks: int
+) -> None:
+    assert min(run_distributed(gpu_ranks.bits, world, kind, subchunks, timeout=150)) > 100
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize(("operations", "connections"), [(2000, "8"), (300, "1"), (300, "32")])
+def test_operations_back_to_back_with_random_delays(world: int, operations: int, connections: str) -> None:
+    for result in run_distributed(gpu_ranks.stress, world, operations, connections, timeout=150):
+        assert result["wrong"] == 0
+        assert result["grown"] <= 64 << 20
+
+
+@pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize(("behind", "connections"), [(0, "8"), (0, "1"), (3000, "8")])
+def test_a_peer_that_stops_is_named_and_the_context_survives(
+    world: int, behind: int, connections: str
+) -> None:
+    for rank, result in enumerate(run_distributed(gpu_ranks.stopped, world, behind, connections, timeout=60)):
+        message = result["message"]
+        assert message.startswith(f"rank {rank}: layers.3.mlp.down: reduce_scatter")
+        assert result["error"] < 0.01
+        if rank != world - 1:
+            assert f"peer rank {world - 1}" in message or f"of rank {world - 1} never arrived" in message
+            assert result["took"] < 3.5

@@ -1,0 +1,301 @@
+"""The nvlink transport on GPUs made of threads: order, reuse of buffers, flags that wrap, peers that stop."""
+
+import random
+import time
+from collections.abc import Iterator
+from contextlib import suppress
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+
+from flashtrain.comm.schedule import Schedule, all_gather, all_to_all, reduce_scatter
+from flashtrain.comm.transport.base import Exchange
+from flashtrain.comm.transport.nvlink import NvlinkTransport
+from flashtrain.errors import TransportError, UserError
+from tests.comm.transport import fake_gpu
+from tests.comm.transport.fake_gpu import Operation, Ranks, Stream, contribution, random_rows
+
+pytest.importorskip("flashtrain._core", reason="the C++ extension is not built")
+
+
+@pytest.fixture(autouse=True)
+def _delays() -> Iterator[None]:
+    fake_gpu.delay(30)
+    yield
+    fake_gpu.delay(0)
+
+
+def _schedules(rows: tuple[int, ...], rank: int) -> list[Schedule]:
+    made = [all_to_all(rows, rank), all_to_all(rows, rank, subchunks=2)]
+    for build, kind, subchunks in product((all_gather, reduce_scatter), ("direct", "ring"), (1, 3)):
+        made.append(build(rows, rank, kind=kind, subchunks=subchunks))
+    return made
+
+
+@pytest.mark.parametrize("world", [2, 3, 4])
+def test_every_schedule_delivers_every_byte(world: int) -> None:
+    def main(rank: int, ranks: Ranks) -> None:
+        stream, choice = Stream(), random.Random(1)
+        transport = ranks.connect(rank, stream)
+        for salt in range(4):
+            rows = random_rows(choice, world)
+            operations = [Operation(transport, stream, s, salt) for s in _schedules(rows, rank)]
+            stream.synchronize()
+            for operation in operations:
+                operation.check()
+        transport.check()
+
+    Ranks(world).run(main)
+
+
+@pytest.mark.parametrize("epoch", [0, 2**30 - 100, 2**31 - 100, 2**32 - 100])
+def test_hundreds_of_operations_without_the_host_waiting_once(epoch: int) -> None:
+    world = 3
+
+    def main(rank: int, ranks: Ranks) -> None:
+        stream, choice, delays = Stream(), random.Random(2), random.Random(rank)
+        transport = ranks.connect(rank, stream, epoch=epoch)
+        transport.arena.reserve(1 << 20, "at the start")  # growing would wait
+        operations = []
+        for salt in range(200):
+            # Sometimes one rank is late, sometimes another: the others run ahead as far as they may.
+            if delays.random() < 0.15:
+                stream.sleep(delays.randrange(3000))
+            rows = random_rows(choice, world)
+            operations.append(Operation(transport, stream, choice.choice(_schedules(rows, rank)), salt))
+        stream.synchronize()
+        for operation in operations:
+            operation.check()
+        transport.check()
+
+    Ranks(world).run(main)
+
+
+def test_flags_that_went_unused_for_two_thousand_million_operations() -> None:
+    """At 2^30 epochs and its multiples all flags are brought up, or these would soon seem to be ahead."""
+    epoch = 2**30 - 10
+
+    def main(rank: int, ranks: Ranks) -> None:
+        stream = Stream()
+        transport = ranks.connect(rank, stream, epoch=epoch, flags=(epoch - 2**31 + 40) % 2**32)
+        for salt in range(60):
+            operation = Operation(transport, stream, all_gather((30, 30), rank), salt)
+        stream.synchronize()
+        operation.check()
+        ranks.exchange(rank, "")  # the peer's pushes are here
+        flags = transport._table.memory.view(torch.int32)[: 2 * 256].view(2, 256).tolist()
+        assert flags[1 - rank] == [epoch + 60] + [2**30 - 1] * 255
+        assert flags[rank] == [2**30 - 1] * 256
+
+    Ranks(2).run(main)
+
+
+def test_streams_may_change_between_operations() -> None:
+    def main(rank: int, ranks: Ranks) -> None:
+        streams, choice, delays = [Stream(), Stream()], random.Random(3), random.Random(rank)
+        transport = ranks.connect(rank, streams[0])
+        transport.arena.reserve(1 << 20, "at the start")
+        operations = []
+        for salt in range(80):
+            stream = choice.choice(streams)
+            transport._stream = lambda handle=stream.handle: handle
+            if delays.random() < 0.3:
+                stream.sleep(delays.randrange(2000))
+            operations.append(Operation(transport, stream, all_gather((90, 0, 40), rank), salt))
+        for stream in streams:
+            stream.synchronize()
+        for operation in operations:
+            operation.check()
+
+    Ranks(3).run(main)
+
+
+def test_two_groups_at_once() -> None:
+    groups = [Ranks(3), Ranks(3)]
+
+    def main(rank: int, ranks: Ranks) -> None:
+        streams, choice = [Stream(), Stream()], random.Random(4)
+        transports = [group.connect(rank, stream) for group, stream in zip(groups, streams, strict=True)]
+        for transport in transports:
+            transport.arena.reserve(1 << 20, "at the start")
+        operations = []
+        for salt in range(60):
+            which = choice.randrange(2)
+            schedule = choice.choice(_schedules(random_rows(choice, 3), rank))
+            operations.append(Operation(transports[which], streams[which], schedule, salt))
+        for stream in streams:
+            stream.synchronize()
+        for operation in operations:
+            operation.check()
+
+    Ranks(3).run(main)
+
+
+def test_pushes_that_a_kernel_signals() -> None:
+    rows = (60, 60)
+
+    def main(rank: int, ranks: Ranks) -> None:
+        stream = Stream()
+        transport = ranks.connect(rank, stream)
+        for salt in range(20):
+            schedule = reduce_scatter(rows, rank, subchunks=3)
+            sends = [send for step in schedule.steps for send in step.sends]
+            expects = [expect for step in schedule.steps for expect in step.expects]
+            own = {send: contribution(schedule, rank, send.chunk, salt) for send in sends}
+            leaving = {send: torch.zeros_like(own[send]) for send in sends}
+            seen = torch.zeros(120, 3, dtype=torch.int32)
+            with transport.open(schedule, "signals") as exchange:
+                landed = exchange.landing_buffer(seen, (3,))
+                for send in sends:
+                    stream.copy(leaving[send], own[send])
+                    stream.write(exchange.signal(send), exchange.epoch)
+                exchange.push_signalled(leaving)
+                for expect in expects:
+                    exchange.wait(0, expect)
+                    # A kernel that polls finds the same word that the stream waited for.
+                    assert exchange.flag(expect) % 4 == 0
+                stream.copy(seen, landed)
+            stream.synchronize()
+            for expect in expects:
+                offset = schedule.chunks[expect.chunk].offset - 60 * rank + 60 * expect.slot
+                wanted = contribution(schedule, expect.src, expect.chunk, salt)
+                assert torch.equal(seen[offset : offset + 20], wanted)
+
+    Ranks(2).run(main)
+
+
+def test_the_arena_grows_when_nothing_moves_and_keeps_its_size_otherwise() -> None:
+    def main(rank: int, ranks: Ranks) -> list[int]:
+        stream, sizes = Stream(), []
+        transport = ranks.connect(rank, stream)
+        for salt, rows in enumerate((10, 200_000, 10, 400_000, 200_000)):
+            operation = Operation(transport, stream, all_gather((rows, rows // 2), rank), salt)
+            sizes.append(transport.arena.nbytes >> 20)
+            stream.synchronize()
+            operation.check()
+        return sizes
+
+    # Rows of 12 bytes, twice, in steps of 2 MiB; equal on ranks with unequal rows.
+    assert Ranks(2).run(main) == [[4, 8, 8, 16, 16]] * 2
+
+
+def test_an_arena_beyond_its_budget_is_refused_on_every_rank() -> None:
+    def main(rank: int, ranks: Ranks) -> str:
+        transport = ranks.connect(rank, Stream(), arena_bytes=4 << 20)
+        with (
+            pytest.raises(UserError) as caught,
+            transport.open(all_gather((200_000,) * 2, rank), "up") as exchange,
+        ):
+            exchange.landing_buffer(torch.empty(0), (3,))
+        return str(caught.value)
+
+    for message in Ranks(2).run(main):
+        assert message.startswith("up needs landing buffers of 2 x 6 MiB, but comm.arena_bytes allows 4 MiB")
+
+
+def test_ranks_that_need_different_buffers_are_told() -> None:
+    def main(rank: int, ranks: Ranks) -> str:
+        transport = ranks.connect(rank, Stream())
+        with pytest.raises(TransportError) as caught:
+            transport.arena.reserve((1 + rank) << 21, "up")
+        return str(caught.value)
+
+    for message in Ranks(2).run(main):
+        assert message.startswith(
+            "up: ranks need landing buffers of different sizes (bytes: 2097152, 4194304)"
+        )
+
+
+def _run_until_it_raises(
+    transport: NvlinkTransport, stream: Stream, schedule: Schedule, pause: float
+) -> tuple[str, int]:
+    """What it said, and at which operation."""
+    for salt in range(1, 60):
+        try:
+            Operation(transport, stream, schedule, salt)
+        except TransportError as error:
+            return str(error), salt
+        stream.synchronize()  # returns though a peer is silent
+        time.sleep(pause)
+    raise AssertionError("nothing was raised")
+
+
+@pytest.mark.parametrize("build", [all_gather, reduce_scatter])
+def test_a_peer_that_stops_is_named_on_every_rank(build: Any) -> None:
+    fake_gpu.delay(0)
+    rows, stopped = (8, 8, 8), 1
+
+    def main(rank: int, ranks: Ranks) -> tuple[str, float, int]:
+        stream = Stream()
+        transport = ranks.connect(rank, stream, timeout=0.4)
+        Operation(transport, stream, build(rows, rank), 0)
+        stream.synchronize()
+        ranks.exchange(rank, "")
+        started = time.monotonic()
+        if rank == stopped:
+            time.sleep(1.2)
+        caught, salt = _run_until_it_raises(transport, stream, build(rows, rank), pause=0.0)
+        took = time.monotonic() - started
+        with pytest.raises(TransportError, match=r"operation|chunk"):
+            transport.open(build(rows, rank), "afterwards").landing_buffer(torch.empty(0), ())
+        return caught, took, salt
+
+    for rank, (message, took, salt) in enumerate(Ranks(3).run(main)):
+        assert message.startswith(f"rank {rank}: site ")
+        assert f": {build.__name__} step " in message or "(operation " in message
+        assert took < 2.5
+        if rank != stopped:
+            assert "site 1: " in message
+            assert "peer rank 1" in message or "of rank 1 never arrived" in message
+            assert salt <= 3
+        else:
+            assert "gave up" in message
+
+
+def test_an_exception_within_an_operation_ends_it_for_the_peers_too() -> None:
+    fake_gpu.delay(0)
+
+    def main(rank: int, ranks: Ranks) -> str:
+        stream = Stream()
+        transport = ranks.connect(rank, stream, timeout=20)
+        schedule = reduce_scatter((8, 8), rank)
+        started = time.monotonic()
+        if rank == 1:
+            with suppress(ZeroDivisionError), transport.open(schedule, "down") as exchange:
+                exchange.landing_buffer(torch.empty(0), (3,))
+                raise ZeroDivisionError
+        caught, _ = _run_until_it_raises(transport, stream, schedule, pause=0.05)
+        assert time.monotonic() - started < 10
+        return caught
+
+    first, second = Ranks(2).run(main)
+    assert "chunk 0, peer rank 1: rank 1 gave up this operation" in first
+    assert second == "rank 1: down: reduce_scatter (operation 1): an exception broke it off"
+
+
+def test_misuse_raises() -> None:
+    def main(rank: int, ranks: Ranks) -> None:
+        stream = Stream()
+        transport = ranks.connect(rank, stream)
+        schedule = all_gather((4, 4), rank)
+        like = torch.zeros(4, 3)
+        idle: Exchange = transport.open(schedule, "idle")
+        idle.close()  # nothing had begun
+        with pytest.raises(ValueError, match="ask for the landing buffer first"):
+            transport.open(schedule, "x").begin(lambda send: like)
+        with pytest.raises(ValueError, match="more chunks a rank than the 256 that have flags"):
+            transport.plan(all_gather((4, 4), rank, subchunks=300), 4)
+        with transport.open(schedule, "first") as exchange:
+            exchange.landing_buffer(like, (3,))
+            with pytest.raises(TransportError, match="an operation is open; give operations that overlap"):
+                transport.open(schedule, "second").landing_buffer(like, (3,))
+            with pytest.raises(ValueError, match="payload of chunk"):
+                exchange.begin(lambda send: torch.zeros(3, 3))
+            exchange.begin(lambda send: like)
+        stream.synchronize()
+        with pytest.raises(RuntimeError, match="there is no CUDA driver"):
+            ranks.connect(rank, stream, driver="libthere-is-none.so")
+
+    Ranks(2).run(main)

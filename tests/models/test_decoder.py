@@ -1,0 +1,132 @@
+"""The decoder: what follows from its definition, whatever its weights."""
+
+import dataclasses
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashtrain.errors import UserError
+from flashtrain.models.decoder import Decoder
+
+CONFIG = Decoder.Config(vocabulary=50, hidden=48, layers=2, heads=6, kv_heads=2, mlp_width=128)
+
+
+def decoder(config: Decoder.Config = CONFIG, seed: int = 0) -> Decoder:
+    return Decoder(config, torch.Generator().manual_seed(seed))
+
+
+def tokens(sequence: int, batch: int, seed: int = 0) -> Tensor:
+    return torch.randint(
+        0, CONFIG.vocabulary, (sequence, batch), generator=torch.Generator().manual_seed(seed)
+    )
+
+
+def test_a_token_changes_no_logits_before_it_and_all_after_it() -> None:
+    model, given = decoder(), tokens(12, 2)
+    with torch.no_grad():
+        before = model(given)
+        for position in (0, 5, 11):
+            changed = given.clone()
+            changed[position, 1] = (changed[position, 1] + 1) % CONFIG.vocabulary
+            moved = (model(changed) != before).any(dim=-1)
+            assert not moved[:, 0].any(), "another sequence of the batch noticed"
+            assert not moved[:position, 1].any(), "an earlier position noticed"
+            assert moved[position:, 1].all(), "a later position did not notice"
+
+
+def test_logits_of_a_prefix_are_those_of_the_whole() -> None:
+    model, given = decoder().double(), tokens(9, 2)
+    with torch.no_grad():
+        torch.testing.assert_close(model(given[:5]), model(given)[:5], rtol=1e-6, atol=1e-9)
+
+
+def test_loss_is_the_cross_entropy_of_the_logits() -> None:
+    model, given, targets = decoder(), tokens(7, 3), tokens(7, 3, seed=1)
+    logits = model(given)
+    assert logits.shape == (7, 3, CONFIG.vocabulary)
+    wanted = -logits.double().log_softmax(-1).gather(-1, targets.unsqueeze(-1)).mean()
+    torch.testing.assert_close(model(given, targets).double(), wanted, rtol=1e-6, atol=0)
+
+
+@pytest.mark.parametrize(
+    "config",
+    [CONFIG, dataclasses.replace(CONFIG, kv_heads=6), dataclasses.replace(CONFIG, layers=5, mlp_width=64)],
+)
+def test_parameter_count_is_the_formula(config: Decoder.Config) -> None:
+    attention = config.hidden * config.head_dim * (2 * config.heads + 2 * config.kv_heads)
+    mlp = 3 * config.hidden * config.mlp_width
+    norms = (2 * config.layers + 1) * config.hidden
+    embedding = config.vocabulary * config.hidden
+    without = config.layers * (attention + mlp) + norms + embedding
+    assert decoder(config).parameter_count() == without + embedding
+    assert decoder(config).parameter_count(embedding=False) == without
+
+
+def test_parameters_depend_on_the_generator_alone() -> None:
+    torch.manual_seed(1)
+    first = decoder()
+    torch.manual_seed(2)
+    torch.randn(3)
+    second, other = decoder(), decoder(seed=1)
+    for name, parameter in first.named_parameters():
+        assert torch.equal(parameter, second.get_parameter(name)), name
+        if parameter.dim() == 2:
+            assert not torch.equal(parameter, other.get_parameter(name)), name
+
+
+def test_projections_to_the_residual_stream_start_smaller() -> None:
+    model = decoder(dataclasses.replace(CONFIG, layers=8))
+    for layer in model.layers:
+        inward = layer.attention.qkv.weight, layer.mlp.gate_up.weight
+        outward = layer.attention.out.weight, layer.mlp.down.weight
+        for wide, narrow in zip(inward, outward, strict=True):
+            assert (wide.std() / narrow.std()).item() == pytest.approx(4.0, rel=0.1)  # sqrt(2 · 8 layers)
+
+
+def test_a_model_on_the_meta_device_takes_no_memory_and_no_draws() -> None:
+    generator = torch.Generator().manual_seed(0)
+    before = generator.get_state()
+    with torch.device("meta"):
+        model = Decoder(CONFIG, generator)
+    assert all(parameter.is_meta for parameter in model.parameters())
+    assert torch.equal(generator.get_state(), before)
+    assert model.parameter_count() == decoder().parameter_count()
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"vocabulary": 0}, "model.vocabulary is 0; it must be at least 1"),
+        ({"layers": 0}, "model.layers is 0; it must be at least 1"),
+        ({"heads": -1}, "model.heads is -1; it must be at least 1"),
+        ({"heads": 5, "kv_heads": 5}, "model.hidden is 48; model.heads 5 must divide it"),
+        ({"kv_heads": 4}, "model.heads is 6; model.kv_heads 4 must divide it"),
+        ({"mlp_width": 100}, "model.mlp_width is 100; the packing of gate and up rows, 64 must divide it"),
+        ({"hidden": 54, "heads": 6}, "model.hidden / model.heads is 9; rotary positions need it even"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(change: dict[str, int], message: str) -> None:
+    config = dataclasses.replace(CONFIG, **change)
+    with pytest.raises(UserError) as caught:
+        config.validate()
+    assert str(caught.value) == message
+    with pytest.raises(UserError):
+        Decoder(config)
+
+
+@pytest.mark.parametrize(
+    ("change", "degree", "name"),
+    [
+        ({}, 3, "model.kv_heads is 2"),
+        ({"kv_heads": 6, "vocabulary": 51, "mlp_width": 192}, 2, "model.vocabulary is 51"),
+        ({"mlp_width": 64}, 2, "model.mlp_width / 64 is 1"),
+    ],
+)
+def test_a_tensor_degree_that_does_not_divide_is_named(
+    change: dict[str, int], degree: int, name: str
+) -> None:
+    config = dataclasses.replace(CONFIG, **change)
+    config.validate()
+    with pytest.raises(UserError, match=rf"^{name}; parallel\.tensor {degree} must divide it$"):
+        config.validate(degree)

@@ -1,0 +1,132 @@
+"""FSDP2 with this engine's collectives plugged in."""
+
+from typing import Any
+
+import pytest
+import torch
+import torch.distributed as dist
+from torch import nn
+
+from flashtrain.comm import ops, overlap, transport
+from flashtrain.parallel import data, mesh
+from flashtrain.parallel.mesh import DATA
+from tests.distributed import run_distributed
+
+
+def poison() -> None:
+    torch.use_deterministic_algorithms(True)
+    torch.utils.deterministic.fill_uninitialized_memory = True
+
+
+def _collectives(rank: int, world: int) -> list[str]:
+    """The two hooks called as FSDP2 calls them."""
+    poison()
+    failures = []
+    group = dist.group.WORLD
+    gather, scatter = data.ScheduledAllGather("layer (data)"), data.ScheduledReduceScatter("layer (data)")
+    for mover in ("host", "group"):
+        transport.configure(transport.Settings(transport=mover))
+        traffic = transport.of(group.group_name, torch.device("cpu")).traffic
+        for dtype in (torch.float32, torch.bfloat16):
+            generator = torch.Generator().manual_seed(3)
+            shards = torch.randn(world, 7, generator=generator).to(dtype)
+            whole = gather.allocate([7 * world], dtype=dtype, device=torch.device("cpu"))
+            wanted = torch.empty_like(whole)
+            dist.all_gather_into_tensor(wanted, shards[rank])
+            if gather(whole, shards[rank], group) is not None or not torch.equal(whole, wanted):
+                failures.append(f"{mover} {dtype} gather")
+            # 7 elements to each peer, however many ranks: what the schedule sends and nothing else.
+            if traffic.bytes_sent != 7 * (world - 1) * dtype.itemsize:
+                failures.append(f"{mover} {dtype} gather sent {traffic.bytes_sent} bytes")
+            traffic.reset()
+
+            gradients = torch.randn(world, 7 * world, generator=generator).to(dtype)
+            exact = gradients.double().sum(dim=0)[rank * 7 : (rank + 1) * 7]
+            size = gradients.double().abs().sum(dim=0)[rank * 7 : (rank + 1) * 7]
+            for op, scale in ((dist.ReduceOp.SUM, 1.0), (dist.ReduceOp.AVG, 1.0 / world)):
+                own = scatter.allocate([7], dtype=dtype, device=torch.device("cpu"))
+                scatter(own, gradients[rank].clone(), group, op)
+                bound = torch.finfo(dtype).eps * exact.abs() * scale + 1e-6 * size
+                if not bool(((own.double() - exact * scale).abs() <= bound).all()):
+                    failures.append(f"{mover} {dtype} {op}")
+                if traffic.bytes_sent != 7 * (world - 1) * dtype.itemsize:
+                    failures.append(f"{mover} {dtype} {op} sent {traffic.bytes_sent} bytes")
+                traffic.reset()
+    for op in (dist._make_nccl_premul_sum(0.5), dist.ReduceOp.MAX, dist.ReduceOp.PRODUCT):
+        try:
+            scatter(torch.empty(2), torch.ones(2 * world), group, op)
+            failures.append(f"{op} was accepted")
+        except NotImplementedError as error:
+            if "by sum or mean" not in str(error):
+                failures.append(str(error))
+    return failures
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_hooks_equal_the_collectives_that_they_replace(world: int) -> None:
+    assert run_distributed(_collectives, world) == [[]] * world
+
+
+def _sharded(rank: int, world: int, dtype: torch.dtype) -> tuple[list[str], list[tuple[str, str]], int]:
+    poison()
+    transport.configure(transport.Settings(transport="host"))
+    called: list[tuple[str, str]] = []
+    real = overlap.run
+
+    def run(schedule: Any, mover: Any, site: str, **callbacks: Any) -> None:
+        called.append((schedule.op, site))
+        real(schedule, mover, site, **callbacks)
+
+    overlap.run = run
+    torch.manual_seed(0)
+    plain = nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 5), nn.Linear(5, 3)).to(dtype)
+    model = nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 5), nn.Linear(5, 3)).to(dtype)
+    model.load_state_dict(plain.state_dict())
+    ranks = mesh.build(mesh.Degrees(data=world), "cpu")
+    data.shard(model, list(model)[:2], ranks[DATA])
+    inputs = torch.randn(world, 4, 6).to(dtype)
+    model(inputs[rank]).square().mean().backward()
+
+    gradients: dict[str, list[torch.Tensor]] = {}
+    for part in inputs:  # the mean over ranks of gradients that each rank has rounded to its dtype
+        plain.zero_grad()
+        plain(part).square().mean().backward()
+        for name, parameter in plain.named_parameters():
+            gradients.setdefault(name, []).append(parameter.grad.double())
+    failures = []
+    for name, parameter in model.named_parameters():
+        wanted = torch.stack(gradients[name]).mean(dim=0)
+        actual = parameter.grad.full_tensor().double()
+        relative, absolute = 3 * torch.finfo(dtype).eps, 1e-6 if dtype == torch.float32 else 1e-3
+        if not torch.allclose(actual, wanted, relative, absolute):
+            failures.append(f"{name}: off by {(actual - wanted).abs().max().item()}")
+    sent = transport.of(ranks[DATA].get_group().group_name, torch.device("cpu")).traffic.bytes_sent
+    return failures, called, sent
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_fsdp_gathers_and_reduces_through_the_schedules(dtype: torch.dtype) -> None:
+    answers = run_distributed(_sharded, 3, dtype)
+    for failures, called, sent in answers:
+        assert not failures
+        assert called == answers[0][1], "ranks that call in different orders wait for one another for ever"
+        blocks = ["0 (data)", "1 (data)"]
+        gathered = [site for op, site in called if op == "all_gather"]
+        reduced = [site for op, site in called if op == "reduce_scatter"]
+        # Forward gathers the root, then each block; backward gathers the blocks again, last one first.
+        assert gathered == ["model (data)", *blocks, *reversed(blocks)]
+        assert sorted(reduced) == [*blocks, "model (data)"]
+        assert sent > 0
+
+
+def _matches_reference(rank: int, world: int) -> bool:
+    """A gradient is the ordered fp32 sum of what the ranks hold, scaled and rounded once."""
+    transport.configure(transport.Settings(transport="host"))
+    gradients = torch.randn(world, 5 * world, generator=torch.Generator().manual_seed(0)).bfloat16()
+    own = ops.reduce_scatter(gradients[rank], dist.group.WORLD.group_name, "", 1 / world)
+    mine = gradients[:, rank * 5 : (rank + 1) * 5].float()
+    return torch.equal(own, ((mine[0] + mine[1] + mine[2]) * (1 / world)).bfloat16())
+
+
+def test_means_are_added_in_rank_order_and_rounded_once() -> None:
+    assert run_distributed(_matches_reference, 3) == [True] * 3
