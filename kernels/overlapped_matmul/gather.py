@@ -1,0 +1,60 @@
+"""Kernel of all-gather + product: y = x_full · wᵀ, started before x_full has arrived."""
+
+import triton
+import triton.language as tl
+
+from flashtrain.kernels.overlapped_matmul.signals import wait_flag
+from flashtrain.kernels.overlapped_matmul.tiles import halves, locate, product, store_tile
+
+
+@triton.jit
+def gather_kernel(  # type: ignore[no-untyped-def]
+    own_desc,
+    full_desc,
+    w_desc,
+    out,
+    flags,
+    word,
+    plan,
+    epoch,
+    tiles,
+    columns,
+    steps,
+    width,
+    BM: tl.constexpr,
+    BN: tl.constexpr,
+    BK: tl.constexpr,
+    GROUP: tl.constexpr,
+    SPLIT: tl.constexpr,
+    FLATTEN: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    MASKED: tl.constexpr,
+    WAITS: tl.constexpr,
+    WORD: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Persistent blocks walk the tiles of ``plan``; see ``triton.gather_matmul`` for the contract.
+
+    ``WAITS`` off is the plain product of one own chunk. ``SPLIT`` stores a tile in two halves, which frees
+    shared memory for one more stage.
+    """
+    block = tl.program_id(0)
+    blocks = tl.num_programs(0)
+    if WORD:
+        epoch += tl.load(word)
+    for tile in tl.range(block, tiles, blocks, flatten=FLATTEN):
+        chunk, own, source, target, rows, first, _, row, column = locate(plan, tile, columns, BM, BN, GROUP)
+        x_row = source + row
+        x_desc = own_desc
+        if WAITS:
+            # A block meets the chunks in order, so it asks at its first tile of each.
+            x_row += wait_flag(flags + chunk, epoch, ((own == 0) & (tile - blocks < first)).to(tl.int32))
+            if own == 0:
+                x_desc = full_desc
+        total = product(x_desc, w_desc, x_row, column, steps, BM, BN, BK, TRANSPOSED, PRECISION)
+        if SPLIT:
+            left, right = halves(total)
+            store_tile(out, target + row, column, target + rows, width, left, MASKED)
+            store_tile(out, target + row, column + BN // 2, target + rows, width, right, MASKED)
+        else:
+            store_tile(out, target + row, column, target + rows, width, total, MASKED)
