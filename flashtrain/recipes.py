@@ -13,10 +13,10 @@ def demo() -> Trainer.Config:
     """Minutes on two CPU cores: 2.5 M parameters, the standard library's sources, tensor parallel over 2."""
     return Trainer.Config(
         model=Decoder.Config(hidden=192, layers=6, heads=6, kv_heads=2, mlp_width=512),
-        train=Training(steps=450, batch=16, sequence=128, evaluate_every=150),
+        train=Training(steps=360, batch=16, sequence=128, evaluate_every=120),
         optimizer=AdamW.Config(learning_rate=3e-3, warmup=40),
         parallel=Degrees(tensor=2),
-        checkpoint=Checkpointing(every=150),
+        checkpoint=Checkpointing(every=120),
     )
 
 
