@@ -111,7 +111,18 @@ setup(
         "matplotlib",
         "packaging",
     ],
-    extras_require={"dev": ["pytest", "hypothesis", "psutil", "ruff", "mypy", "pre-commit"]},
+    extras_require={
+        "dev": [
+            "pytest",
+            "hypothesis",
+            "psutil",
+            "ruff",
+            "mypy",
+            "pre-commit",
+            # CPU builds of torch come without it; the kernels are tested in its interpreter.
+            "triton>=3.6; platform_system == 'Linux'",
+        ]
+    },
     entry_points={"console_scripts": ["flashtrain = flashtrain.launch.main:main"]},
     zip_safe=False,
 )

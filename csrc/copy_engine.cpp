@@ -11,35 +11,51 @@ namespace {
 // long. Every so many epochs all are brought up.
 constexpr uint32_t kRefresh = 1u << 30;
 
-StreamHandle handle(uint64_t stream) { return reinterpret_cast<StreamHandle>(static_cast<uintptr_t>(stream)); }
+void* handle(uint64_t address) { return reinterpret_cast<void*>(static_cast<uintptr_t>(address)); }
 
 }  // namespace
 
 CopyEngine::CopyEngine(const std::string& library, uint32_t rank, double timeout, uint32_t epoch,
-                       const std::vector<uint64_t>& tables)
-    : driver_(Driver::load(library)), rank_(rank), table_(tables), watchdog_(driver_, rank, table_, timeout), epoch_(epoch) {
+                       uint64_t host_tables, const std::vector<uint64_t>& device_tables)
+    : driver_(Driver::load(library)),
+      rank_(rank),
+      tables_(handle(host_tables)),
+      host_(map(host_tables, static_cast<uint32_t>(device_tables.size())), static_cast<uint32_t>(device_tables.size())),
+      device_(device_tables),
+      watchdog_(rank, FlagTable(host_tables, device_.world()), timeout),
+      epoch_(epoch) {
   int device = 0, can_flush = 0, least = 0, greatest = 0;
+  driver_.check(driver_.context_get_current(&context_), "cuCtxGetCurrent");
   driver_.check(driver_.context_get_device(&device), "cuCtxGetDevice");
   driver_.check(driver_.device_get_attribute(&can_flush, kCanFlushRemoteWrites, device), "cuDeviceGetAttribute");
   // A chunk and its flag are two remote writes, and a device may reorder them unless asked to flush.
   if (can_flush != 0) wait_flags_ |= kWaitThenFlush;
   driver_.check(driver_.context_get_priorities(&least, &greatest), "cuCtxGetStreamPriorityRange");
   driver_.check(driver_.stream_create(&copies_, kStreamNonBlocking, greatest), "cuStreamCreateWithPriority");
-  driver_.check(driver_.event_create(&ready_, kEventWithoutTiming), "cuEventCreate");
-  driver_.check(driver_.event_create(&copied_, kEventWithoutTiming), "cuEventCreate");
+  for (EventHandle* event : {&begun_, &ready_, &copied_, &done_}) {
+    driver_.check(driver_.event_create(event, kEventWithoutTiming), "cuEventCreate");
+  }
+}
+
+uint64_t CopyEngine::map(uint64_t tables, uint32_t world) {
+  DeviceAddress mapped = 0;
+  driver_.check(driver_.host_register(tables_, world * FlagTable::bytes(world), kRegisterForAllDevices),
+                "cuMemHostRegister");
+  driver_.check(driver_.host_get_device_pointer(&mapped, handle(tables), 0), "cuMemHostGetDevicePointer");
+  return mapped;
 }
 
 CopyEngine::~CopyEngine() {
   watchdog_.stop();
   // While the process ends the driver may be gone: there is nobody left to tell.
   driver_.stream_destroy(copies_);
-  driver_.event_destroy(ready_);
-  driver_.event_destroy(copied_);
+  for (const EventHandle event : {begun_, ready_, copied_, done_}) driver_.event_destroy(event);
+  driver_.host_unregister(tables_);
 }
 
 void CopyEngine::use_landings(std::vector<uint64_t> landings, uint64_t stride) {
   if (flight_) throw std::logic_error("landing buffers change while an operation is open");
-  if (landings.size() != table_.world()) throw std::invalid_argument("every rank needs a landing buffer");
+  if (landings.size() != host_.world()) throw std::invalid_argument("every rank needs a landing buffer");
   landings_ = std::move(landings);
   stride_ = stride;
 }
@@ -51,33 +67,34 @@ void CopyEngine::order(StreamHandle later, EventHandle event, StreamHandle earli
   driver_.check(driver_.stream_wait_event(later, event, 0), "cuStreamWaitEvent");
 }
 
-uint32_t CopyEngine::open(std::shared_ptr<const Program> program, const std::string& site, uint64_t stream) {
+uint32_t CopyEngine::open(std::shared_ptr<const Program> program, const std::string& site, uint64_t stream,
+                          bool device_flags) {
   check();
   if (flight_) throw std::logic_error("an operation is open; give operations that overlap a group of their own");
   if (landings_.empty()) throw std::logic_error("there are no landing buffers yet");
   for (const auto* messages : {&program->sends, &program->arrivals}) {
     for (const Message& message : *messages) {
-      if (message.peer >= table_.world() || message.peer == rank_ || message.column >= FlagTable::kColumns ||
+      if (message.peer >= host_.world() || message.peer == rank_ || message.column >= FlagTable::kColumns ||
           message.offset + message.bytes > stride_) {
         throw std::invalid_argument("a message of " + program->op + " has no place in this transport");
       }
     }
   }
-  driver_.check(driver_.context_set_current(watchdog_.context()), "cuCtxSetCurrent");
+  if (program->sends.empty()) throw std::invalid_argument(program->op + " sends nothing: it needs no transport");
+  // Backward passes run on another thread, where no context may be current yet.
+  driver_.check(driver_.context_set_current(context_), "cuCtxSetCurrent");
   int capturing = 0;
   driver_.check(driver_.stream_is_capturing(handle(stream), &capturing), "cuStreamIsCapturing");
   if (capturing != 0) throw std::logic_error("this transport cannot be captured in a CUDA graph");
-  auto flight = watchdog_.prepare(epoch_ + 1, site, std::move(program));
-  if (last_done_ != nullptr && handle(stream) != stream_) {
-    driver_.check(driver_.stream_wait_event(handle(stream), last_done_, 0), "cuStreamWaitEvent");
+  if (!first_ && handle(stream) != stream_) {
+    driver_.check(driver_.stream_wait_event(handle(stream), done_, 0), "cuStreamWaitEvent");
   }
+  driver_.check(driver_.event_record(begun_, handle(stream)), "cuEventRecord");
+  flight_ = watchdog_.add(epoch_ + 1, site, std::move(program));
   stream_ = handle(stream);
-  driver_.check(driver_.event_record(flight->begun, stream_), "cuEventRecord");
-  watchdog_.add(flight);
-  flight_ = std::move(flight);
-  last_done_ = flight_->done;
   epoch_ = flight_->epoch;
-  behind_opening_ = false;
+  device_flags_ = device_flags;
+  first_ = behind_opening_ = false;
   pushed_.assign(flight_->program->sends.size(), false);
   awaited_.assign(flight_->program->arrivals.size(), false);
   if (epoch_ % kRefresh == 0) refresh_flags();
@@ -85,14 +102,16 @@ uint32_t CopyEngine::open(std::shared_ptr<const Program> program, const std::str
 }
 
 void CopyEngine::refresh_flags() {
-  driver_.check(driver_.stream_wait_event(copies_, flight_->begun, 0), "cuStreamWaitEvent");
+  driver_.check(driver_.stream_wait_event(copies_, begun_, 0), "cuStreamWaitEvent");
   behind_opening_ = true;
   // Everything of the epoch before has been pushed, so its number is true of every column. The own row is
   // for signals of kernels, which come behind the opening on their stream.
-  for (uint32_t at = 0; at < table_.world(); ++at) {
-    driver_.check(driver_.fill_words(table_.flag(at, rank_, 0), epoch_ - 1, FlagTable::kColumns,
-                                     at == rank_ ? stream_ : copies_),
-                  "cuMemsetD32Async");
+  for (const FlagTable* table : {&host_, &device_}) {
+    for (uint32_t at = 0; at < table->world(); ++at) {
+      driver_.check(driver_.fill_words(table->flag(at, rank_, 0), epoch_ - 1, FlagTable::kColumns,
+                                       at == rank_ ? stream_ : copies_),
+                    "cuMemsetD32Async");
+    }
   }
 }
 
@@ -116,7 +135,7 @@ void CopyEngine::push(const std::vector<uint32_t>& which, const std::vector<uint
     order(copies_, ready_, stream_);
     behind_opening_ = true;
   } else if (!behind_opening_) {
-    driver_.check(driver_.stream_wait_event(copies_, flight_->begun, 0), "cuStreamWaitEvent");
+    driver_.check(driver_.stream_wait_event(copies_, begun_, 0), "cuStreamWaitEvent");
     behind_opening_ = true;
   }
   const uint64_t buffer = epoch_ % 2 * stride_;
@@ -132,9 +151,12 @@ void CopyEngine::push(const std::vector<uint32_t>& which, const std::vector<uint
       const DeviceAddress to = landings_[message.peer] + buffer + message.offset;
       driver_.check(driver_.copy_on_device(to, sources[number], message.bytes, copies_), "cuMemcpyDtoDAsync");
     }
-    driver_.check(driver_.stream_write_value(copies_, table_.flag(message.peer, rank_, message.column), epoch_,
-                                             kWriteAfterEarlierWrites),
-                  "cuStreamWriteValue32");
+    for (const FlagTable* table : {&device_, &host_}) {
+      if (table == &device_ && !device_flags_) continue;
+      driver_.check(driver_.stream_write_value(copies_, table->flag(message.peer, rank_, message.column), epoch_,
+                                               kWriteAfterEarlierWrites),
+                    "cuStreamWriteValue32");
+    }
   }
 }
 
@@ -143,7 +165,14 @@ void CopyEngine::wait(uint32_t which) {
   if (!flight_) throw std::logic_error("no operation is open");
   if (awaited_.at(which)) return;
   awaited_[which] = true;
-  driver_.check(driver_.stream_wait_value(stream_, flag(which), epoch_, wait_flags_), "cuStreamWaitValue32");
+  const Message& message = flight_->program->arrivals[which];
+  driver_.check(driver_.stream_wait_value(stream_, host_.flag(rank_, message.peer, message.column), epoch_, wait_flags_),
+                "cuStreamWaitValue32");
+}
+
+void CopyEngine::waited() {
+  if (!flight_) throw std::logic_error("no operation is open");
+  awaited_.assign(awaited_.size(), true);
 }
 
 void CopyEngine::close() {
@@ -154,8 +183,7 @@ void CopyEngine::close() {
   }
   for (uint32_t arrival = 0; arrival < awaited_.size(); ++arrival) wait(arrival);
   order(stream_, copied_, copies_);
-  driver_.check(driver_.event_record(flight_->done, stream_), "cuEventRecord");
-  watchdog_.close(flight_);
+  driver_.check(driver_.event_record(done_, stream_), "cuEventRecord");
   flight_.reset();
 }
 
@@ -164,20 +192,20 @@ void CopyEngine::abort(const std::string& why) {
   // Whatever this says, what is under way must come to its end before the memory is used otherwise.
   driver_.event_record(copied_, copies_);
   driver_.stream_wait_event(stream_, copied_, 0);
-  driver_.event_record(flight_->done, stream_);
-  watchdog_.give_up(flight_, why);
+  driver_.event_record(done_, stream_);
+  watchdog_.give_up(*flight_, why);
   flight_.reset();
 }
 
 uint64_t CopyEngine::flag(uint32_t arrival) const {
   if (!flight_) throw std::logic_error("no operation is open");
   const Message& message = flight_->program->arrivals.at(arrival);
-  return table_.flag(rank_, message.peer, message.column);
+  return device_.flag(rank_, message.peer, message.column);
 }
 
 uint64_t CopyEngine::signal(uint32_t send) const {
   if (send >= FlagTable::kColumns) throw std::out_of_range("there are not so many sends");
-  return table_.flag(rank_, rank_, send);
+  return host_.flag(rank_, rank_, send);
 }
 
 }  // namespace flashtrain

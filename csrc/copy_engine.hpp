@@ -30,10 +30,11 @@ namespace flashtrain {
 // stream; later work of the caller, and whoever gets the memory from the allocator of that stream, comes after.
 class CopyEngine {
  public:
-  // `tables` are the addresses of all ranks' flag tables, whose flags hold `epoch` and whose notices are zero.
-  // The calling thread's context is used. Throws std::runtime_error if the driver lacks something.
-  CopyEngine(const std::string& library, uint32_t rank, double timeout, uint32_t epoch,
-             const std::vector<uint64_t>& tables);
+  // `host_tables`: the ranks' host tables, one after the other, page-aligned memory that all ranks map;
+  // `device_tables`: addresses of their device tables. Their flags hold `epoch`, their notices zero. The calling
+  // thread's context is used. Throws std::runtime_error if the driver lacks something.
+  CopyEngine(const std::string& library, uint32_t rank, double timeout, uint32_t epoch, uint64_t host_tables,
+             const std::vector<uint64_t>& device_tables);
   ~CopyEngine();
   CopyEngine(const CopyEngine&) = delete;
   CopyEngine& operator=(const CopyEngine&) = delete;
@@ -42,26 +43,31 @@ class CopyEngine {
   // No operation may be under way on any rank.
   void use_landings(std::vector<uint64_t> landings, uint64_t stride);
 
-  // Start an operation on `stream`; returns its epoch. Throws std::logic_error if one is open.
-  uint32_t open(std::shared_ptr<const Program> program, const std::string& site, uint64_t stream);
+  // Start an operation on `stream`; returns its epoch. With `device_flags` every rank must have them: its pushes
+  // then also raise flags that kernels of the receiver may wait for. Throws std::logic_error if one is open.
+  uint32_t open(std::shared_ptr<const Program> program, const std::string& site, uint64_t stream, bool device_flags);
   // Push sends number `which`, each from its source, once the stream has done what it now holds.
   void push(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources);
   // The same at once, for payloads that were complete when the operation was opened.
   void push_early(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources);
-  // The same, each when a kernel of this rank has set word `signal(send)` to the epoch. Launch that kernel first:
+  // The same, each when a kernel of this rank has set word signal(send) to the epoch. Launch that kernel first:
   // where streams share a hardware queue, it would stand behind the wait.
   void push_signalled(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources);
   // Let the stream wait for arrival number `which`.
   void wait(uint32_t which);
+  // A kernel on the stream has waited for all arrivals.
+  void waited();
   // End the operation: the stream waits for arrivals that nobody waited for, and for the pushes.
   void close();
   // The open operation will not be finished: from here on everything throws, on the peers too.
   void abort(const std::string& why);
   void check() const { watchdog_.check(); }
 
-  // Words that kernels may poll (arrivals) or set (signals), in this rank's memory.
+  // Words for kernels: of the device table, to wait for an arrival; of the host table, to signal a payload, and
+  // to learn, where it is not zero, that a wait is in vain.
   uint64_t flag(uint32_t arrival) const;
   uint64_t signal(uint32_t send) const;
+  uint64_t stop_word() const { return host_.notice(rank_, rank_); }
 
  private:
   enum class After { kStream, kOpening, kSignal };
@@ -69,20 +75,25 @@ class CopyEngine {
   void refresh_flags();
   void order(StreamHandle later, EventHandle event, StreamHandle earlier);
 
+  uint64_t map(uint64_t tables, uint32_t world);
+
   const Driver& driver_;
   const uint32_t rank_;
-  const FlagTable table_;
+  void* const tables_;                   // as the processor sees them
+  const FlagTable host_, device_;        // as the device sees them
   Watchdog watchdog_;
+  ContextHandle context_ = nullptr;
   unsigned wait_flags_ = kWaitUntilReached;
   StreamHandle copies_ = nullptr;
-  EventHandle ready_ = nullptr, copied_ = nullptr;
+  EventHandle begun_ = nullptr, ready_ = nullptr, copied_ = nullptr, done_ = nullptr;
   std::vector<uint64_t> landings_;
   uint64_t stride_ = 0;
 
   uint32_t epoch_;
-  std::shared_ptr<Flight> flight_;       // the open operation
+  std::shared_ptr<const Flight> flight_; // the open operation
   StreamHandle stream_ = nullptr;        // that computes, of the open operation or the last
-  EventHandle last_done_ = nullptr;
+  bool first_ = true;                    // there was no operation before
+  bool device_flags_ = false;
   bool behind_opening_ = false;          // the copy stream comes after the opening
   std::vector<bool> pushed_, awaited_;
 };

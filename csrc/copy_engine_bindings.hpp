@@ -23,21 +23,23 @@ inline void bind_copy_engine(pybind11::module_& module) {
   using Which = std::vector<uint32_t>;
   using Sources = std::vector<uint64_t>;
   py::class_<CopyEngine>(module, "CopyEngine")
-      .def(py::init<const std::string&, uint32_t, double, uint32_t, const Sources&>(), py::arg("library"),
-           py::arg("rank"), py::arg("timeout"), py::arg("epoch"), py::arg("tables"))
+      .def(py::init<const std::string&, uint32_t, double, uint32_t, uint64_t, const Sources&>(), py::arg("library"),
+           py::arg("rank"), py::arg("timeout"), py::arg("epoch"), py::arg("host_tables"), py::arg("device_tables"))
       .def("use_landings", &CopyEngine::use_landings, py::arg("landings"), py::arg("stride"))
       // May wait for the device.
       .def("open", &CopyEngine::open, py::arg("program"), py::arg("site"), py::arg("stream"),
-           py::call_guard<py::gil_scoped_release>())
+           py::arg("device_flags"), py::call_guard<py::gil_scoped_release>())
       .def("push", py::overload_cast<const Which&, const Sources&>(&CopyEngine::push))
       .def("push_early", &CopyEngine::push_early)
       .def("push_signalled", &CopyEngine::push_signalled)
       .def("wait", &CopyEngine::wait)
+      .def("waited", &CopyEngine::waited)
       .def("close", &CopyEngine::close)
       .def("abort", &CopyEngine::abort)
       .def("check", &CopyEngine::check)
       .def("flag", &CopyEngine::flag, py::arg("arrival"))
-      .def("signal", &CopyEngine::signal, py::arg("send"));
+      .def("signal", &CopyEngine::signal, py::arg("send"))
+      .def_property_readonly("stop_word", &CopyEngine::stop_word);
 }
 
 }  // namespace flashtrain

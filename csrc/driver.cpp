@@ -50,22 +50,18 @@ std::unique_ptr<Driver> resolve(const std::string& library) {
   symbols.find(driver->context_get_priorities, "cuCtxGetStreamPriorityRange");
   symbols.find(driver->stream_create, "cuStreamCreateWithPriority");
   symbols.find(driver->stream_destroy, "cuStreamDestroy");
-  symbols.find(driver->stream_query, "cuStreamQuery");
   symbols.find(driver->stream_is_capturing, "cuStreamIsCapturing");
   symbols.find(driver->stream_wait_event, "cuStreamWaitEvent");
   symbols.find(driver->stream_wait_value, "cuStreamWaitValue32");
   symbols.find(driver->stream_write_value, "cuStreamWriteValue32");
   symbols.find(driver->event_create, "cuEventCreate");
   symbols.find(driver->event_record, "cuEventRecord");
-  symbols.find(driver->event_query, "cuEventQuery");
   symbols.find(driver->event_destroy, "cuEventDestroy");
   symbols.find(driver->copy_on_device, "cuMemcpyDtoDAsync");
-  symbols.find(driver->copy_to_device, "cuMemcpyHtoDAsync");
-  symbols.find(driver->copy_to_host, "cuMemcpyDtoHAsync");
   symbols.find(driver->fill_words, "cuMemsetD32Async");
-  symbols.find(driver->allocate_host, "cuMemAllocHost");
-  symbols.find(driver->free_host, "cuMemFreeHost");
-  symbols.find(driver->exchange_capture_mode, "cuThreadExchangeStreamCaptureMode");
+  symbols.find(driver->host_register, "cuMemHostRegister");
+  symbols.find(driver->host_unregister, "cuMemHostUnregister");
+  symbols.find(driver->host_get_device_pointer, "cuMemHostGetDevicePointer");
   return driver;
 }
 

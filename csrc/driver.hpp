@@ -16,14 +16,13 @@ using ContextHandle = void*;
 using DriverResult = int;
 
 constexpr DriverResult kDriverSuccess = 0;
-constexpr DriverResult kDriverNotReady = 600;
 constexpr unsigned kStreamNonBlocking = 1;
 constexpr unsigned kEventWithoutTiming = 2;
 constexpr unsigned kWaitUntilReached = 0;               // CU_STREAM_WAIT_VALUE_GEQ: signed difference >= 0
 constexpr unsigned kWaitThenFlush = 1u << 30;           // CU_STREAM_WAIT_VALUE_FLUSH
 constexpr unsigned kWriteAfterEarlierWrites = 0;        // CU_STREAM_WRITE_VALUE_DEFAULT: with a memory barrier
+constexpr unsigned kRegisterForAllDevices = 1 | 2;      // CU_MEMHOSTREGISTER_PORTABLE, _DEVICEMAP
 constexpr int kCanFlushRemoteWrites = 98;               // CU_DEVICE_ATTRIBUTE_CAN_FLUSH_REMOTE_WRITES
-constexpr int kCaptureRelaxed = 2;                      // CU_STREAM_CAPTURE_MODE_RELAXED
 
 struct Driver {
   DriverResult (*get_error_name)(DriverResult, const char**);
@@ -34,22 +33,18 @@ struct Driver {
   DriverResult (*context_get_priorities)(int* least, int* greatest);
   DriverResult (*stream_create)(StreamHandle*, unsigned flags, int priority);
   DriverResult (*stream_destroy)(StreamHandle);
-  DriverResult (*stream_query)(StreamHandle);
   DriverResult (*stream_is_capturing)(StreamHandle, int* status);
   DriverResult (*stream_wait_event)(StreamHandle, EventHandle, unsigned flags);
   DriverResult (*stream_wait_value)(StreamHandle, DeviceAddress, uint32_t value, unsigned flags);
   DriverResult (*stream_write_value)(StreamHandle, DeviceAddress, uint32_t value, unsigned flags);
   DriverResult (*event_create)(EventHandle*, unsigned flags);
   DriverResult (*event_record)(EventHandle, StreamHandle);
-  DriverResult (*event_query)(EventHandle);
   DriverResult (*event_destroy)(EventHandle);
   DriverResult (*copy_on_device)(DeviceAddress to, DeviceAddress from, size_t bytes, StreamHandle);
-  DriverResult (*copy_to_device)(DeviceAddress to, const void* from, size_t bytes, StreamHandle);
-  DriverResult (*copy_to_host)(void* to, DeviceAddress from, size_t bytes, StreamHandle);
   DriverResult (*fill_words)(DeviceAddress, unsigned value, size_t words, StreamHandle);
-  DriverResult (*allocate_host)(void**, size_t bytes);
-  DriverResult (*free_host)(void*);
-  DriverResult (*exchange_capture_mode)(int* mode);
+  DriverResult (*host_register)(void*, size_t bytes, unsigned flags);
+  DriverResult (*host_unregister)(void*);
+  DriverResult (*host_get_device_pointer)(DeviceAddress*, void*, unsigned flags);
 
   // The driver in the shared object `library`, loaded once and never unloaded. Throws std::runtime_error
   // that says what is missing.
@@ -58,12 +53,6 @@ struct Driver {
   // Throws std::runtime_error naming `call` unless the result is success.
   void check(DriverResult result, const char* call) const {
     if (result != kDriverSuccess) fail(result, call);
-  }
-  // Whether what a query asks about is over; throws if the device has failed.
-  bool over(DriverResult result, const char* call) const {
-    if (result == kDriverNotReady) return false;
-    check(result, call);
-    return true;
   }
 
  private:

@@ -41,7 +41,9 @@ struct Program {
   }
 };
 
-// Every rank has a table of 32-bit words in its device memory, which all ranks map:
+// A rank has flags of 32 bits in two places. The host table is memory of the machine that all ranks and all
+// GPUs map: streams wait for it, and the host can read and raise it without the driver. The device table is
+// memory of the rank's GPU, for kernels that wait themselves. Layout of each:
 //
 //     flags    [world][kColumns]        row s is written by rank s alone; a rank's own row is for signals
 //                                       of its own kernels (see CopyEngine::push_signalled)
@@ -59,7 +61,12 @@ class FlagTable {
   static constexpr uint64_t words(uint32_t world) { return uint64_t{world} * (kColumns + kNoticeWords); }
   static constexpr uint64_t bytes(uint32_t world) { return words(world) * sizeof(uint32_t); }
 
+  // `addresses` of each rank's table.
   explicit FlagTable(std::vector<uint64_t> addresses) : addresses_(std::move(addresses)) {}
+  // Tables one after the other.
+  FlagTable(uint64_t base, uint32_t world) {
+    for (uint32_t rank = 0; rank < world; ++rank) addresses_.push_back(base + rank * bytes(world));
+  }
 
   uint32_t world() const { return static_cast<uint32_t>(addresses_.size()); }
   uint64_t flag(uint32_t at, uint32_t writer, uint32_t column) const {
@@ -70,7 +77,7 @@ class FlagTable {
   }
 
  private:
-  std::vector<uint64_t> addresses_;  // of each rank's table, as mapped by this rank
+  std::vector<uint64_t> addresses_;
 };
 
 // Whether a flag that holds `value` tells of epoch `epoch`, or a later one.

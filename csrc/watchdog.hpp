@@ -9,9 +9,7 @@
 #include <mutex>
 #include <string>
 #include <thread>
-#include <vector>
 
-#include "driver.hpp"
 #include "program.hpp"
 
 namespace flashtrain {
@@ -21,66 +19,57 @@ struct Flight {
   uint32_t epoch;
   std::string site;
   std::shared_ptr<const Program> program;
-  EventHandle begun, done;  // on the stream that computes
-  bool closed = false;      // done has been recorded
-  int64_t noticed = 0;      // when it was first seen to have begun, on CLOCK_MONOTONIC
+  int64_t noticed = 0;  // when it was first seen to have begun, on CLOCK_MONOTONIC
 };
 
 // A thread looks a few times per time-out at the oldest operation. One that began a time-out ago and still
-// lacks a message has failed: it says so to the peers, which then fail too, and raises every flag of this
-// rank, so that streams and kernels that wait for one go on, with data that nobody must use. From then on
-// check() throws. The context stays usable.
+// lacks a message has failed: it tells the peers, which then fail too, and raises every flag of this rank in
+// the host table, so that streams that wait go on, with data that nobody must use. From then on check() throws.
+// Kernels that wait by themselves must poll stop_word(). The context stays usable.
+//
+// It never calls the driver. A host thread that launches into a full queue blocks inside the driver, behind
+// the very wait that is to be released, and keeps other threads out; and where streams share one hardware
+// queue (CUDA_DEVICE_MAX_CONNECTIONS=1), so does a copy that would raise the flag. Hence flags that a
+// processor can read and write.
 class Watchdog {
  public:
-  // The calling thread's context is the one that is watched. `timeout` is in seconds.
-  Watchdog(const Driver& driver, uint32_t rank, FlagTable table, double timeout);
-  ~Watchdog();
+  // `table` by the processor's addresses; `timeout` in seconds.
+  Watchdog(uint32_t rank, FlagTable table, double timeout);
+  ~Watchdog() { stop(); }
 
   // Throws std::runtime_error that says where an operation stands, once one has failed.
   void check() const {
     if (failed_.load(std::memory_order_acquire)) throw_failure();
   }
-  ContextHandle context() const { return context_; }
-
-  // Blocks while the host is too far ahead of the device; then record `begun` and hand the flight to add().
-  std::shared_ptr<Flight> prepare(uint32_t epoch, std::string site, std::shared_ptr<const Program> program);
-  void add(const std::shared_ptr<Flight>& flight);
-  // `done` has been recorded.
-  void close(const std::shared_ptr<Flight>& flight);
+  // An operation begins. Blocks while the host is too far ahead of the device.
+  std::shared_ptr<const Flight> add(uint32_t epoch, const std::string& site, std::shared_ptr<const Program> program);
   // The host will not finish this operation.
-  void give_up(const std::shared_ptr<Flight>& flight, const std::string& why);
+  void give_up(const Flight& flight, const std::string& why);
   void stop();
 
  private:
   void watch();
   void inspect(Flight& flight);
-  bool read_table();
-  std::string notice_of_a_peer(const Flight& flight) const;
+  bool begun(const Flight& flight) const;
   const Message* missing(const Flight& flight) const;
+  std::string notice_of_a_peer(const Flight& flight) const;
   std::string where(const Flight& flight, const Message* message) const;
   void fail(const std::string& text, uint32_t epoch, uint32_t chunk, uint32_t peer);
   void release();
   void retire();
-  EventHandle event();
-  bool settle();
   [[noreturn]] void throw_failure() const;
 
-  const Driver& driver_;
   const uint32_t rank_;
   const FlagTable table_;
   const int64_t timeout_, interval_;
-  ContextHandle context_ = nullptr;
-  StreamHandle stream_ = nullptr;      // for the thread's own small copies
-  uint32_t* seen_ = nullptr;           // pinned: this rank's table as last read
-  uint32_t* written_ = nullptr;        // pinned: what release() and fail() write
 
   mutable std::mutex mutex_;
   std::condition_variable wake_;
-  std::deque<std::shared_ptr<Flight>> flights_;  // oldest first
-  std::vector<EventHandle> events_, spare_;
+  std::deque<std::shared_ptr<Flight>> flights_;  // oldest first; the last stays until another has begun
   std::string failure_;
   uint32_t last_epoch_ = 0;
-  std::atomic<bool> failed_{false}, stopping_{false};
+  std::atomic<bool> failed_{false};
+  bool stopping_ = false;
   std::thread thread_;
 };
 

@@ -17,7 +17,7 @@
 
 namespace {
 
-constexpr int kNotReady = 600, kInvalidValue = 1, kNotFound = 500;
+constexpr int kInvalidValue = 1, kNotFound = 500;
 std::atomic<uint32_t> longest_delay{0};
 
 struct Event {
@@ -102,7 +102,6 @@ int stream_create(void** stream, unsigned, int) {
   return 0;
 }
 int stream_destroy(void*) { return 0; }  // its queue is still worked off
-int stream_query(void* stream) { return stream_of(stream).idle() ? 0 : kNotReady; }
 int stream_is_capturing(void*, int* status) {
   *status = 0;
   return 0;
@@ -136,10 +135,6 @@ int event_record(void* handle, void* stream) {
   stream_of(stream).add([event, number] { event->reached = number; });
   return 0;
 }
-int event_query(void* handle) {
-  auto* event = static_cast<Event*>(handle);
-  return event->reached >= event->recorded ? 0 : kNotReady;
-}
 int event_destroy(void*) { return 0; }   // queues may still hold it
 // Word by word and atomically, as a device would let a flag beside it be read.
 void copy_words(uint64_t to, uint64_t from, size_t bytes) {
@@ -153,24 +148,18 @@ int copy_on_device(uint64_t to, uint64_t from, size_t bytes, void* stream) {
   stream_of(stream).add([=] { copy_words(to, from, bytes); });
   return 0;
 }
-int copy_to_device(uint64_t to, const void* from, size_t bytes, void* stream) {
-  return copy_on_device(to, reinterpret_cast<uint64_t>(from), bytes, stream);
-}
-int copy_to_host(void* to, uint64_t from, size_t bytes, void* stream) {
-  return copy_on_device(reinterpret_cast<uint64_t>(to), from, bytes, stream);
-}
 int fill_words(uint64_t to, unsigned value, size_t words, void* stream) {
   stream_of(stream).add([=] {
     for (size_t word = 0; word < words; ++word) store(to + word * sizeof(uint32_t), value);
   });
   return 0;
 }
-int allocate_host(void** memory, size_t bytes) {
-  *memory = ::operator new(bytes);
+int host_register(void*, size_t, unsigned) { return 0; }
+int host_unregister(void*) { return 0; }
+int host_get_device_pointer(uint64_t* address, void* memory, unsigned) {
+  *address = reinterpret_cast<uint64_t>(memory);
   return 0;
 }
-int free_host(void*) { return 0; }       // queues may still hold it
-int exchange_capture_mode(int*) { return 0; }
 
 }  // namespace
 
@@ -187,22 +176,18 @@ __attribute__((visibility("default"))) int cuGetProcAddress_v2(const char* name,
       {"cuCtxGetStreamPriorityRange", reinterpret_cast<void*>(&context_get_priorities)},
       {"cuStreamCreateWithPriority", reinterpret_cast<void*>(&stream_create)},
       {"cuStreamDestroy", reinterpret_cast<void*>(&stream_destroy)},
-      {"cuStreamQuery", reinterpret_cast<void*>(&stream_query)},
       {"cuStreamIsCapturing", reinterpret_cast<void*>(&stream_is_capturing)},
       {"cuStreamWaitEvent", reinterpret_cast<void*>(&stream_wait_event)},
       {"cuStreamWaitValue32", reinterpret_cast<void*>(&stream_wait_value)},
       {"cuStreamWriteValue32", reinterpret_cast<void*>(&stream_write_value)},
       {"cuEventCreate", reinterpret_cast<void*>(&event_create)},
       {"cuEventRecord", reinterpret_cast<void*>(&event_record)},
-      {"cuEventQuery", reinterpret_cast<void*>(&event_query)},
       {"cuEventDestroy", reinterpret_cast<void*>(&event_destroy)},
       {"cuMemcpyDtoDAsync", reinterpret_cast<void*>(&copy_on_device)},
-      {"cuMemcpyHtoDAsync", reinterpret_cast<void*>(&copy_to_device)},
-      {"cuMemcpyDtoHAsync", reinterpret_cast<void*>(&copy_to_host)},
       {"cuMemsetD32Async", reinterpret_cast<void*>(&fill_words)},
-      {"cuMemAllocHost", reinterpret_cast<void*>(&allocate_host)},
-      {"cuMemFreeHost", reinterpret_cast<void*>(&free_host)},
-      {"cuThreadExchangeStreamCaptureMode", reinterpret_cast<void*>(&exchange_capture_mode)},
+      {"cuMemHostRegister", reinterpret_cast<void*>(&host_register)},
+      {"cuMemHostUnregister", reinterpret_cast<void*>(&host_unregister)},
+      {"cuMemHostGetDevicePointer", reinterpret_cast<void*>(&host_get_device_pointer)},
   };
   const auto function = functions.find(name);
   const bool known = function != functions.end();
@@ -218,6 +203,9 @@ __attribute__((visibility("default"))) void fake_copy(void* stream, uint64_t to,
 }
 __attribute__((visibility("default"))) void fake_write(void* stream, uint64_t address, uint32_t value) {
   stream_write_value(stream, address, value, 0);
+}
+__attribute__((visibility("default"))) void fake_await(void* stream, uint64_t address, uint32_t value) {
+  stream_wait_value(stream, address, value, 0);
 }
 __attribute__((visibility("default"))) void fake_sleep(void* stream, uint32_t microseconds) {
   stream_of(stream).add([=] { std::this_thread::sleep_for(std::chrono::microseconds(microseconds)); });

@@ -26,6 +26,7 @@ from flashtrain.comm.transport import symmetric
 from flashtrain.comm.transport.arena import Arena
 from flashtrain.comm.transport.base import Exchange, Transport, clock
 from flashtrain.comm.transport.landing import Landing
+from flashtrain.comm.transport.pages import SharedPages
 from flashtrain.comm.transport.symmetric import SymmetricBuffer
 from flashtrain.errors import TransportError
 
@@ -72,23 +73,22 @@ def _message(
     return (peer, counts[peer] - 1, step, chunk, span.start * row_bytes, (span.stop - span.start) * row_bytes)
 
 
-def clear_table(allocate: Callable[[int], SymmetricBuffer], world: int, epoch: int = 0) -> SymmetricBuffer:
-    """Flags of one group, as if operation ``epoch`` had been the last; all must be there before use."""
+def clear_flags(words: Tensor, world: int, epoch: int = 0) -> None:
+    """Set tables ``words [n]`` int32 of ``world`` ranks as if operation ``epoch`` had been the last."""
     core = import_module("flashtrain._core")
-    table = allocate(core.flag_table_words(world) * 4)
-    words = table.memory.view(torch.int32)
-    words.zero_()
-    words[: core.flag_words(world)] = epoch if epoch < 2**31 else epoch - 2**32
-    return table
+    tables = words.view(-1, core.flag_table_words(world))
+    tables.zero_()
+    tables[:, : core.flag_words(world)] = epoch if epoch < 2**31 else epoch - 2**32
 
 
 class NvlinkTransport(Transport):
     """Copy engines between ``world`` GPUs of one host, each rank with one; ``timeout`` in seconds.
 
-    ``table`` is the symmetric memory of ``clear_table``. For the arena, ``allocate(bytes)`` makes symmetric
-    memory and ``exchange`` gathers one string from every rank, both collective; ``quiesce`` waits until this
-    rank's device is idle; ``arena_bytes`` is the most that landing buffers may take. ``stream()`` is the
-    handle of the stream that computes. Raises RuntimeError if the driver lacks something.
+    ``host_tables [world tables]`` int32 is memory that all ranks map, ``device_table`` symmetric memory for
+    one table; both went through ``clear_flags`` on all ranks. For the arena, ``allocate(bytes)`` makes
+    symmetric memory and ``exchange`` gathers one string from every rank, both collective; ``quiesce`` waits
+    until this rank's device is idle; ``arena_bytes`` is the most that landing buffers may take. ``stream()``
+    is the handle of the stream that computes. Raises RuntimeError if the driver lacks something.
     """
 
     name = "nvlink"
@@ -100,7 +100,8 @@ class NvlinkTransport(Transport):
         world: int,
         timeout: float,
         *,
-        table: SymmetricBuffer,
+        host_tables: Tensor,
+        device_table: SymmetricBuffer,
         allocate: Callable[[int], SymmetricBuffer],
         exchange: Callable[[str], list[str]],
         quiesce: Callable[[], None],
@@ -112,8 +113,11 @@ class NvlinkTransport(Transport):
         super().__init__(rank, world, timeout)
         self._core = import_module("flashtrain._core")
         self._plans: dict[tuple[int, int], Plan] = {}
-        self._stream, self._quiesce, self._table = stream, quiesce, table
-        self._engine: Any = self._core.CopyEngine(driver, rank, timeout, epoch, table.addresses)
+        self._stream, self._quiesce = stream, quiesce
+        self._tables = host_tables, device_table
+        self._engine: Any = self._core.CopyEngine(
+            driver, rank, timeout, epoch, host_tables.data_ptr(), device_table.addresses
+        )
 
         def settle() -> None:
             quiesce()
@@ -182,7 +186,12 @@ class NvlinkExchange(Exchange):
         super().__init__(transport, schedule, site)
         self._engine = transport._engine
         self._plan: Plan | None = None
+        self._for_kernels = False
         self.epoch = -1
+
+    def for_kernels(self) -> None:
+        """Raise flags that kernels can wait for, too. On all ranks or none, before the landing buffer."""
+        self._for_kernels = True
 
     def landing_buffer(self, like: Tensor, row_shape: tuple[int, ...]) -> Tensor:
         # Where the arena must grow, this waits until the devices of all ranks are idle.
@@ -190,7 +199,9 @@ class NvlinkExchange(Exchange):
         transport = self.transport
         plan = transport.plan(self.schedule, row_bytes)
         transport.arena.reserve(plan.nbytes, self.site)
-        self.epoch = self._call(self._engine.open, plan.program, self.site, transport._stream())
+        self.epoch = self._call(
+            self._engine.open, plan.program, self.site, transport._stream(), self._for_kernels
+        )
         self._plan = plan
         return transport.arena.view(self.epoch, like.dtype, (plan.rows, *row_shape))
 
@@ -204,7 +215,8 @@ class NvlinkExchange(Exchange):
     def flag(self, expect: Expect) -> int:
         """Address of a 32-bit word; ``expect`` has landed when it minus ``epoch``, signed, is >= 0.
 
-        Raises ValueError before the landing buffer was asked for.
+        It is raised only after ``for_kernels``. A kernel that waits for it must look at ``stop_word`` now and
+        then. Raises ValueError before the landing buffer was asked for.
         """
         address: int = self._engine.flag(self._opened().arrivals[expect])
         return address
@@ -217,12 +229,25 @@ class NvlinkExchange(Exchange):
         address: int = self._engine.signal(self._opened().sends[send])
         return address
 
+    @property
+    def stop_word(self) -> int:
+        """Address of a 32-bit word; once it is not zero, a peer has failed and flags may never come."""
+        address: int = self._engine.stop_word
+        return address
+
+    def kernel_waited(self) -> None:
+        """A kernel on the stream has waited for all arrivals, so the stream need not.
+
+        Raises TransportError if no operation is open.
+        """
+        self._call(self._engine.waited)
+
     def push_signalled(self, sends: Mapping[Send, Tensor]) -> None:
         """Push each send's payload ``[rows, ...]`` when its ``signal`` is set.
 
         Launch the kernel that sets them before this call: where streams share one hardware queue
-        (CUDA_DEVICE_MAX_CONNECTIONS), it would stand behind the wait for it. Raises ValueError for a payload that
-        is not the chunk's rows, TransportError if an operation has failed.
+        (CUDA_DEVICE_MAX_CONNECTIONS), it would stand behind the wait for it. Raises ValueError for a payload
+        that is not the chunk's rows, TransportError if an operation has failed.
         """
         self._push(self._engine.push_signalled, sends)
 
@@ -306,26 +331,30 @@ def connect(
     why_not = symmetric.refusal(exchange(facts))
     if why_not:
         return None, why_not
-    table, transport = None, None
-    try:
-        table = clear_table(allocate, group.size())
-        quiesce()
-        failure = ""
-    except RuntimeError as error:
-        failure = _first_line(error)
-    why_not = agree(failure)
-    if why_not or table is None:
+    core, world = import_module("flashtrain._core"), group.size()
+    table, transport, failure = None, None, ""
+    with SharedPages(world * core.flag_table_words(world), group.rank(), exchange) as pages:
+        try:
+            table = allocate(core.flag_table_words(world) * 4)
+            clear_flags(table.memory.view(torch.int32), world)
+            quiesce()
+        except RuntimeError as error:
+            failure = _first_line(error)
+        why_not = agree(failure or pages.problem)
+    if why_not or table is None or pages.words is None:
         return None, why_not
     try:
         transport = NvlinkTransport(
             group.rank(),
             group.size(),
             timeout,
-            table=table,
+            host_tables=pages.words,
+            device_table=table,
             allocate=allocate,
             exchange=exchange,
             quiesce=quiesce,
-            stream=lambda: torch.cuda.current_stream(device).cuda_stream,
+            # What torch.cuda.current_stream asks, without the object that it makes of the answer.
+            stream=lambda: torch._C._cuda_getCurrentRawStream(device.index),
             arena_bytes=arena_bytes,
         )
     except RuntimeError as error:

@@ -13,6 +13,7 @@ import tempfile
 import threading
 from collections.abc import Callable
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import Any
 
@@ -24,7 +25,7 @@ from flashtrain.comm import overlap
 from flashtrain.comm.schedule import Expect, Schedule, Send
 from flashtrain.comm.transport.base import Exchange
 from flashtrain.comm.transport.landing import Landing
-from flashtrain.comm.transport.nvlink import NvlinkTransport, clear_table
+from flashtrain.comm.transport.nvlink import NvlinkTransport, clear_flags
 from flashtrain.comm.transport.symmetric import SymmetricBuffer
 
 SOURCE = Path(__file__).resolve().parents[3] / "csrc" / "tests" / "fake_driver.cpp"
@@ -48,7 +49,8 @@ def _library() -> Any:
     library = ctypes.CDLL(driver())
     library.fake_stream.restype = ctypes.c_void_p
     library.fake_copy.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64]
-    library.fake_write.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32]
+    for name in ("fake_write", "fake_await"):
+        getattr(library, name).argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32]
     for name in ("fake_sleep", "fake_synchronize"):
         getattr(library, name).argtypes = [ctypes.c_void_p, ctypes.c_uint32][: 1 + (name == "fake_sleep")]
     return library
@@ -79,6 +81,9 @@ class Stream:
     def write(self, address: int, value: int) -> None:
         _library().fake_write(self.handle, address, value)
 
+    def await_word(self, address: int, value: int) -> None:
+        _library().fake_await(self.handle, address, value)
+
     def sleep(self, microseconds: int) -> None:
         _library().fake_sleep(self.handle, microseconds)
 
@@ -100,6 +105,11 @@ class Ranks:
         self.barrier.wait(60)
         return everyone
 
+    def words(self) -> int:
+        """Of one table of flags."""
+        words: int = import_module("flashtrain._core").flag_table_words(self.world)
+        return words
+
     def allocate(self, rank: int, nbytes: int) -> SymmetricBuffer:
         memory = torch.full((nbytes,), 0xEE, dtype=torch.uint8)
         _mapped.append(memory)
@@ -109,13 +119,20 @@ class Ranks:
         def allocate(nbytes: int) -> SymmetricBuffer:
             return self.allocate(rank, nbytes)
 
-        table = clear_table(allocate, self.world, options.pop("flags", options.get("epoch", 0)))
-        self.exchange(rank, "")
+        last = options.pop("flags", options.get("epoch", 0))
+        words = self.words()
+        table = allocate(words * 4)
+        clear_flags(table.memory.view(torch.int32), self.world, last)
+        host_tables = torch.empty(self.world * words, dtype=torch.int32)
+        _mapped.append(host_tables)
+        clear_flags(host_tables, self.world, last)
+        host_tables = self.exchange(rank, host_tables)[0]
         return NvlinkTransport(
             rank,
             self.world,
             timeout,
-            table=table,
+            host_tables=host_tables,
+            device_table=table,
             allocate=allocate,
             exchange=lambda text: self.exchange(rank, text),
             quiesce=stream.synchronize,

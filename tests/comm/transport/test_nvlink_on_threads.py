@@ -11,8 +11,10 @@ import pytest
 import torch
 
 from flashtrain.comm.schedule import Schedule, all_gather, all_to_all, reduce_scatter
+from flashtrain.comm.transport.arena import Arena
 from flashtrain.comm.transport.base import Exchange
-from flashtrain.comm.transport.nvlink import NvlinkTransport
+from flashtrain.comm.transport.nvlink import NvlinkExchange, NvlinkTransport
+from flashtrain.comm.transport.symmetric import SymmetricBuffer
 from flashtrain.errors import TransportError, UserError
 from tests.comm.transport import fake_gpu
 from tests.comm.transport.fake_gpu import Operation, Ranks, Stream, contribution, random_rows
@@ -85,9 +87,10 @@ def test_flags_that_went_unused_for_two_thousand_million_operations() -> None:
         stream.synchronize()
         operation.check()
         ranks.exchange(rank, "")  # the peer's pushes are here
-        flags = transport._table.memory.view(torch.int32)[: 2 * 256].view(2, 256).tolist()
-        assert flags[1 - rank] == [epoch + 60] + [2**30 - 1] * 255
-        assert flags[rank] == [2**30 - 1] * 256
+        on_host = transport._tables[0].view(2, -1)[rank, : 2 * 256].view(2, 256).tolist()
+        on_device = transport._tables[1].memory.view(torch.int32)[: 2 * 256].view(2, 256).tolist()
+        assert on_host[1 - rank] == [epoch + 60] + [2**30 - 1] * 255
+        assert on_host[rank] == on_device[rank] == on_device[1 - rank] == [2**30 - 1] * 256
 
     Ranks(2).run(main)
 
@@ -147,15 +150,17 @@ def test_pushes_that_a_kernel_signals() -> None:
             leaving = {send: torch.zeros_like(own[send]) for send in sends}
             seen = torch.zeros(120, 3, dtype=torch.int32)
             with transport.open(schedule, "signals") as exchange:
+                assert isinstance(exchange, NvlinkExchange)
+                exchange.for_kernels()
                 landed = exchange.landing_buffer(seen, (3,))
                 for send in sends:
                     stream.copy(leaving[send], own[send])
                     stream.write(exchange.signal(send), exchange.epoch)
                 exchange.push_signalled(leaving)
                 for expect in expects:
-                    exchange.wait(0, expect)
-                    # A kernel that polls finds the same word that the stream waited for.
-                    assert exchange.flag(expect) % 4 == 0
+                    stream.await_word(exchange.flag(expect), exchange.epoch)
+                    stream.await_word(exchange.stop_word, 0)
+                exchange.kernel_waited()
                 stream.copy(seen, landed)
             stream.synchronize()
             for expect in expects:
@@ -179,6 +184,56 @@ def test_the_arena_grows_when_nothing_moves_and_keeps_its_size_otherwise() -> No
 
     # Rows of 12 bytes, twice, in steps of 2 MiB; equal on ranks with unequal rows.
     assert Ranks(2).run(main) == [[4, 8, 8, 16, 16]] * 2
+
+
+def test_an_arena_grows_in_an_order_that_leaves_nobody_without_memory() -> None:
+    events: list[Any] = []
+
+    def allocate(nbytes: int) -> SymmetricBuffer:
+        events.append("allocate")
+        return SymmetricBuffer(torch.empty(nbytes, dtype=torch.uint8), (1, 2))
+
+    def exchange(text: str) -> list[str]:
+        events.append("exchange")
+        return [text, text]
+
+    arena = Arena(allocate, exchange, lambda: events.append("idle"), lambda *new: events.append(new), 1 << 30)
+    for nbytes in (10, 3 << 20, 5):
+        arena.reserve(nbytes, "up")
+    # Idle everywhere, then known to be idle everywhere, then the memory changes.
+    first = ["idle", "exchange", "allocate", ((1, 2), 2 << 20)]
+    assert events == [*first, "idle", "exchange", "allocate", ((1, 2), 4 << 20)]
+    view = arena.view(3, torch.bfloat16, (5, 7))
+    assert arena.view(5, torch.bfloat16, (5, 7)) is view
+    assert view.data_ptr() - arena.view(2, torch.bfloat16, (5, 7)).data_ptr() == 4 << 20
+
+    def fails() -> None:
+        raise RuntimeError("the device has failed")
+
+    arena._quiesce = fails
+    with pytest.raises(RuntimeError, match="the device has failed"):
+        arena.reserve(9 << 20, "up")
+    assert events[-1] == "exchange"  # the others were told
+
+
+def test_an_operation_ends_with_all_its_arrivals() -> None:
+    def main(rank: int, ranks: Ranks) -> None:
+        stream = Stream()
+        transport = ranks.connect(rank, stream)
+        schedule = all_gather((50, 50), rank)
+        own = contribution(schedule, rank, rank, 0)
+        with transport.open(schedule, "nobody waits") as exchange:
+            landed = exchange.landing_buffer(own, (3,))
+            if rank == 0:
+                stream.sleep(20_000)
+                exchange.transfer(0, {schedule.steps[0].sends[0]: own}, {})
+            else:
+                exchange.begin(lambda send: own)
+        stream.synchronize()
+        theirs = slice(50 * (1 - rank), 50 * (2 - rank))
+        assert torch.equal(landed[theirs], contribution(schedule, 1 - rank, 1 - rank, 0))
+
+    Ranks(2).run(main)
 
 
 def test_an_arena_beyond_its_budget_is_refused_on_every_rank() -> None:
