@@ -20,7 +20,7 @@ lint: $(READY)
 bench: $(READY)
 	$(VENV)/bin/python benchmarks/overlap.py --device cpu
 
-$(READY): setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.h)
+$(READY): setup.py pyproject.toml constraints.txt CMakeLists.txt $(wildcard csrc/*.cpp csrc/*.hpp)
 	test -x $(VENV)/bin/python || $(PYTHON) -m venv $(VENV)
 	FLASHTRAIN_REQUIRE_EXT=1 $(VENV)/bin/python -m pip install --quiet -c constraints.txt -e ".[dev]"
 	touch $@

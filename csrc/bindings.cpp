@@ -2,7 +2,7 @@
 #include <pybind11/pybind11.h>
 
 #include "copy_engine_bindings.hpp"
-#include "host_transport.h"
+#include "host_transport.hpp"
 
 namespace py = pybind11;
 using namespace flashtrain;

@@ -1,4 +1,4 @@
-#include "courier.h"
+#include "courier.hpp"
 
 #include <algorithm>
 #include <csignal>
@@ -6,7 +6,7 @@
 
 #include <pthread.h>
 
-#include "clock.h"
+#include "clock.hpp"
 
 namespace flashtrain {
 namespace {

@@ -1,4 +1,4 @@
-#include "host_transport.h"
+#include "host_transport.hpp"
 
 #include <cmath>
 #include <stdexcept>
@@ -6,7 +6,7 @@
 
 #include <unistd.h>
 
-#include "clock.h"
+#include "clock.hpp"
 
 namespace flashtrain {
 namespace {

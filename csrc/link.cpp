@@ -1,10 +1,10 @@
-#include "link.h"
+#include "link.hpp"
 
 #include <algorithm>
 #include <cstring>
 #include <utility>
 
-#include "clock.h"
+#include "clock.hpp"
 
 namespace flashtrain {
 namespace {

@@ -1,4 +1,4 @@
-#include "segment.h"
+#include "segment.hpp"
 
 #include <cerrno>
 #include <cstdio>

@@ -5,7 +5,7 @@
 #include <cmath>
 #include <stdexcept>
 
-#include "clock.h"
+#include "clock.hpp"
 
 namespace flashtrain {
 namespace {

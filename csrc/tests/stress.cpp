@@ -9,7 +9,7 @@
 #include <thread>
 #include <vector>
 
-#include "../host_transport.h"
+#include "../host_transport.hpp"
 
 using namespace flashtrain;
 

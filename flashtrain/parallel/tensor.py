@@ -63,7 +63,8 @@ class ColumnParallelLinear(_OverTensorGroup, nn.Linear):
         total = self.rows.total if self.rows is not None else None
         flat = x.reshape(-1, x.shape[-1])
         keep = transport.settings().keep_gather
-        y, _ = ops.all_gather_matmul(flat, _local(self.weight), self.group, self.site, total, keep)
+        # The gathered input is wanted by the weight gradient alone, if that does not gather it again.
+        y, _ = ops.all_gather_matmul(flat, _local(self.weight), self.group, self.site, total, keep, keep)
         if self.bias is not None:
             y = y + _local(self.bias)
         return y.view(x.shape[0] * self.world, *x.shape[1:-1], y.shape[-1]) if x.dim() > 2 else y

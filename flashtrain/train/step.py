@@ -53,9 +53,13 @@ class TrainStep:
         loss = mean_over_data(torch.stack(losses).mean(), self.mesh)
         grad_norm = self.optimizer.step(learning_rate, step)
         traffic = [mover.traffic for mover in transport.in_use()]
+        loss_value = float(loss)
+        # Reading the loss waited for the device: an operation that failed there is known by now.
+        for mover in transport.in_use():
+            mover.check()
         exposed, in_flight = sum(t.exposed for t in traffic), sum(t.in_flight for t in traffic)
         return StepResult(
-            loss=float(loss),
+            loss=loss_value,
             grad_norm=grad_norm,
             arithmetic=max(0.0, passes - added),
             exposed=exposed,

@@ -182,13 +182,9 @@ def _refusals(rank: int, world: int) -> list[str]:
 
 def test_what_does_not_fit_is_named() -> None:
     for messages in run_distributed(_refusals, 2):
-        assert messages[0].startswith(
-            "dimension 0 of weight [5, 4] of Linear does not divide by"
-        )
+        assert messages[0].startswith("dimension 0 of weight [5, 4] of Linear does not divide by")
         assert messages[1].startswith("dimension 1 of weight [4, 5] of Linear does not divide by")
-        assert messages[2].startswith(
-            "dimension 0 of weight [7, 4] of Embedding does not divide"
-        )
+        assert messages[2].startswith("dimension 0 of weight [7, 4] of Embedding does not divide")
         assert messages[0].endswith("the tensor-parallel degree 2")
         assert messages[3] == "ColumnParallel applies to Linear, not to Embedding"
         assert messages[4] == "RowParallel applies to Linear, not to LayerNorm"

@@ -26,6 +26,7 @@ class GroupTransport(Transport):
         backend = dist.get_backend(group)
         self.name = f"group over {backend}"
         self.host_side = backend == "gloo"
+        self.asynchronous = backend == "nccl"
         self._operations = 0
 
     def open(self, schedule: Schedule, site: str) -> Exchange:

@@ -4,8 +4,8 @@
 #include <cstdint>
 #include <string>
 
-#include "bell.h"
-#include "ring.h"
+#include "bell.hpp"
+#include "ring.hpp"
 
 namespace flashtrain {
 

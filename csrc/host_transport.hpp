@@ -9,9 +9,9 @@
 #include <string>
 #include <vector>
 
-#include "courier.h"
-#include "link.h"
-#include "segment.h"
+#include "courier.hpp"
+#include "link.hpp"
+#include "segment.hpp"
 
 namespace flashtrain {
 

@@ -9,8 +9,8 @@
 #include <thread>
 #include <vector>
 
-#include "bell.h"
-#include "link.h"
+#include "bell.hpp"
+#include "link.hpp"
 
 namespace flashtrain {
 

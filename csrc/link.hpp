@@ -10,9 +10,9 @@
 #include <set>
 #include <string>
 
-#include "bell.h"
-#include "ring.h"
-#include "segment.h"
+#include "bell.hpp"
+#include "ring.hpp"
+#include "segment.hpp"
 
 namespace flashtrain {
 
