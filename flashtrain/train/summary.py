@@ -1,5 +1,6 @@
 """What a finished run shows: its loss beside a yardstick, a sample, its files, and what to type next."""
 
+import json
 import statistics
 from dataclasses import dataclass
 from pathlib import Path
@@ -29,10 +30,11 @@ class Summary:
     measured: list[StepMetrics]
 
     def show(self) -> None:
-        """Print it. For one process after the ranks have parted; it loads the checkpoint to sample."""
+        """Print it and write summary.json. For one process after the ranks have parted; it loads the model."""
+        (self.out / "summary.json").write_text(json.dumps(self.figures(), indent=2) + "\n")
         console = Console(highlight=False)
         figures = Table.grid(padding=(0, 2))
-        for name, value in self._figures():
+        for name, value in self._lines():
             figures.add_row(name, value)
         console.print(figures)
         console.print(Panel(Text(self._sample()), title=f"a sample, after {PROMPT!r}", title_align="left"))
@@ -44,21 +46,35 @@ class Summary:
         for command in self._commands():
             console.print(f"  {command}", soft_wrap=True)
 
-    def _figures(self) -> list[tuple[str, str]]:
+    def figures(self) -> dict[str, float | int | None]:
+        """Losses in nats per token, seconds of all steps, and medians over all steps but the first tenth."""
+        # The first steps allocate and fill caches.
+        steady = self.measured[len(self.measured) // 10 :]
+        hidden = [m.overlap for m in steady if m.overlap is not None]
+        return {
+            "held_out_loss": self.held_out,
+            "unigram_entropy": self.unigram_entropy,
+            "steps": len(self.measured),
+            "seconds": sum(m.step_s for m in self.measured),
+            "tokens_per_s": statistics.median(m.tokens_per_s for m in steady) if steady else None,
+            "overlap": statistics.median(hidden) if hidden else None,
+            "overhead": statistics.median(m.overhead for m in steady) if steady else None,
+        }
+
+    def _lines(self) -> list[tuple[str, str]]:
+        figures = self.figures()
         lines = [
             ("held-out loss", f"{self.held_out:.4f} nats per token"),
             ("unigram entropy", f"{self.unigram_entropy:.4f} nats per token of the same text"),
         ]
-        # The first steps allocate and fill caches.
-        steady = self.measured[len(self.measured) // 10 :]
-        if steady:
-            hidden = [m.overlap for m in steady if m.overlap is not None]
-            lines.append(("tokens per second", f"{statistics.median(m.tokens_per_s for m in steady):,.0f}"))
-            lines.append(
-                ("communication hidden", f"{statistics.median(hidden):.1%}" if hidden else "there is none")
-            )
-            overhead = statistics.median(m.overhead for m in steady)
-            lines.append(("step's own overhead", f"{overhead:.1%} of a step is not model arithmetic"))
+        if self.measured:
+            hidden = figures["overlap"]
+            lines += [
+                ("training time", f"{figures['seconds']:.0f} s for {figures['steps']} steps"),
+                ("tokens per second", f"{figures['tokens_per_s']:,.0f}"),
+                ("communication hidden", "there is none" if hidden is None else f"{hidden:.1%}"),
+                ("step's own overhead", f"{figures['overhead']:.1%} of a step is not model arithmetic"),
+            ]
         return lines
 
     def _sample(self) -> str:
@@ -74,6 +90,7 @@ class Summary:
         return [
             ("loss curve", self.out / "loss.png"),
             ("metrics", self.out / "metrics.jsonl"),
+            ("summary", self.out / "summary.json"),
             ("TensorBoard", self.out / "tensorboard"),
             ("resolved config", self.out / "config.toml"),
             ("checkpoint", self.checkpoint),
