@@ -75,7 +75,7 @@ def examine() -> dict[str, Any]:
         "links": links(len(gpus)),
         "peer_access": peer_access(len(gpus)),
         "peer_gigabytes_per_s": peer_bandwidth(len(gpus)),
-        "transports": transports(extension["reason"], len(gpus)),
+        "transports": transports(extension["reason"], peer_access(len(gpus)), len(gpus)),
         "packages": {name: _version(name) for name in REQUIRED + OPTIONAL},
         "environment": {k: v for k, v in sorted(os.environ.items()) if VARIABLES.match(k)},
     }
@@ -156,14 +156,23 @@ def _copy_rate(source: int, target: int) -> float | None:
     return copies * COPY_BYTES / (start.elapsed_time(end) * 1e-3) / 1e9
 
 
-def transports(no_extension: str | None, gpus: int) -> dict[str, dict[str, str]]:
+def transports(
+    no_extension: str | None, peer_access: list[list[bool]] | None, gpus: int
+) -> dict[str, dict[str, str]]:
     """What ``comm.transport=auto`` chooses for each kind of group, and why."""
     group = "torch.distributed point-to-point"
     if no_extension is None:
         cpu = ("host", "shared memory: the ranks share a machine and the C++ extension is there")
     else:
         cpu = ("group", f"{group} over gloo: the C++ extension is missing ({no_extension})")
-    gpu = ("group", f"{group} over NCCL") if gpus else ("none", "there is no GPU")
+    if not gpus:
+        gpu = ("none", "there is no GPU")
+    elif no_extension is not None:
+        gpu = ("group", f"{group} over NCCL: the C++ extension is missing ({no_extension})")
+    elif peer_access is None or not all(all(row) for row in peer_access):
+        gpu = ("group", f"{group} over NCCL: not every GPU can reach every other's memory")
+    else:
+        gpu = ("nvlink", "copy engines: all GPUs reach each other's memory; a run tries it out first")
     hosts = ("group", f"{group} over {'NCCL' if gpus else 'gloo'}: ranks on several hosts share no memory")
     choices = {"CPU ranks of one machine": cpu, "GPUs of one machine": gpu, "several hosts": hosts}
     return {ranks: {"transport": name, "why": why} for ranks, (name, why) in choices.items()}

@@ -30,7 +30,7 @@ class Summary:
     measured: list[StepMetrics]
 
     def show(self) -> None:
-        """Print it and write summary.json. For one process after the ranks have parted; it loads the model."""
+        """Print it and write summary.json. For one process, after the ranks have parted; loads the model."""
         (self.out / "summary.json").write_text(json.dumps(self.figures(), indent=2) + "\n")
         console = Console(highlight=False)
         figures = Table.grid(padding=(0, 2))
@@ -72,7 +72,7 @@ class Summary:
             lines += [
                 ("training time", f"{figures['seconds']:.0f} s for {figures['steps']} steps"),
                 ("tokens per second", f"{figures['tokens_per_s']:,.0f}"),
-                ("communication hidden", "there is none" if hidden is None else f"{hidden:.1%}"),
+                ("communication hidden", "n/a" if hidden is None else f"{hidden:.1%}"),
                 ("step's own overhead", f"{figures['overhead']:.1%} of a step is not model arithmetic"),
             ]
         return lines

@@ -50,8 +50,13 @@ def test_a_missing_extension_is_named_with_its_consequence(monkeypatch: pytest.M
 
 
 def test_transports_with_extension_and_gpus() -> None:
-    chosen = doctor.transports(None, 2)
-    assert [one["transport"] for one in chosen.values()] == ["host", "group", "group"]
+    chosen = doctor.transports(None, [[True, True], [True, True]], 2)
+    assert [one["transport"] for one in chosen.values()] == ["host", "nvlink", "group"]
+    apart = doctor.transports(None, [[True, False], [False, True]], 2)["GPUs of one machine"]
+    assert apart["transport"] == "group"
+    assert "reach" in apart["why"]
+    assert doctor.transports("no compiler", [[True]], 1)["GPUs of one machine"]["transport"] == "group"
+    assert doctor.transports(None, None, 0)["GPUs of one machine"]["transport"] == "none"
     assert "NCCL" in chosen["several hosts"]["why"]
 
 

@@ -105,8 +105,8 @@ def of(group_name: str, device: torch.device) -> Transport:
 
 
 def _choose(group: dist.ProcessGroup, device: torch.device) -> Transport:
-    wanted = _settings.transport
-    if wanted != "group" and group.size() > 1 and dist.get_backend(group) != "fake":
+    wanted, backend = _settings.transport, groups.backend(group, device.type)
+    if wanted != "group" and group.size() > 1 and backend != "fake":
         attempts = {"cpu": ("host", _try_host), "cuda": ("nvlink", _try_nvlink)}
         name, attempt = attempts.get(device.type, ("", None))
         transport, why_not = None, f"its ranks hold {device.type} tensors"
@@ -117,10 +117,10 @@ def _choose(group: dist.ProcessGroup, device: torch.device) -> Transport:
         if wanted != "auto":
             raise UserError(f"comm.transport is {wanted}, but {why_not}; use comm.transport group")
         log.info("no shared-memory transport for this group: %s", why_not)
-    if device.type == "cuda" and group.size() > 1 and dist.get_backend(group) == "nccl":
+    if group.size() > 1 and backend == "nccl":
         ranks = dist.get_process_group_ranks(group)
         group = dist.new_group(ranks, backend="nccl", use_local_synchronization=True)
-    return GroupTransport(group, _settings.timeout)
+    return GroupTransport(group, _settings.timeout, device.type)
 
 
 def _gather_strings(group: dist.ProcessGroup) -> Callable[[str], list[str]]:

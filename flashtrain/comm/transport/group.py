@@ -6,6 +6,7 @@ from datetime import timedelta
 import torch.distributed as dist
 from torch import Tensor
 
+from flashtrain.comm import groups
 from flashtrain.comm.schedule import Expect, Schedule, Send
 from flashtrain.comm.transport.base import Exchange, Transport, clock
 from flashtrain.errors import TransportError
@@ -20,10 +21,10 @@ class GroupTransport(Transport):
     the watchdog of the group keeps the time instead.
     """
 
-    def __init__(self, group: dist.ProcessGroup, timeout: float) -> None:
+    def __init__(self, group: dist.ProcessGroup, timeout: float, device_type: str = "cpu") -> None:
         super().__init__(group.rank(), group.size(), timeout)
         self.group = group
-        backend = dist.get_backend(group)
+        backend = groups.backend(group, device_type)
         self.name = f"group over {backend}"
         self.host_side = backend == "gloo"
         self.asynchronous = backend == "nccl"
