@@ -1,7 +1,10 @@
 """What a finished run shows: its loss beside a yardstick, a sample, its files, and what to type next."""
 
 import json
+import os
+import shutil
 import statistics
+import sys
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -98,7 +101,15 @@ class Summary:
 
     def _commands(self) -> list[str]:
         return [
-            f'flashtrain sample {self.out} --prompt "class "',
-            f"tensorboard --logdir {self.out / 'tensorboard'}",
-            "flashtrain schedule --op reduce_scatter --world 4",
+            f'{_program("flashtrain")} sample {self.out} --prompt "class "',
+            f"{_program('tensorboard')} --logdir {self.out / 'tensorboard'}",
+            f"{_program('flashtrain')} schedule --op reduce_scatter --world 4",
         ]
+
+
+def _program(name: str) -> str:
+    """How to call an installed program from here: by name, or by its path where that is not searched."""
+    if shutil.which(name) is not None:
+        return name
+    path = Path(sys.executable).parent / name
+    return os.path.relpath(path) if path.is_relative_to(Path.cwd()) else str(path)
