@@ -3,7 +3,8 @@
 import time
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
-from typing import Any
+from functools import partial
+from typing import Any, TypeVar
 
 import machine
 import shapes
@@ -19,6 +20,7 @@ from flashtrain.comm.transport.group import GroupTransport
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 TRANSPORTS = ("host", "group")
 Way = Callable[[Tensor, Tensor], Tensor]
+Result = TypeVar("Result")
 QUIET = 0.05  # part of all processor time that other programs may use while times are taken
 
 
@@ -76,31 +78,28 @@ class Ranks:
         }
         return min(medians, key=lambda name: medians[name]), medians
 
-    def quietly(self, calls: dict[str, Call]) -> tuple[dict[str, Samples], float]:
-        """Measure while other programs leave the cores alone; also returns the share that they used.
+    def quietly(self, work: Callable[[], Result]) -> tuple[Result, float]:
+        """Do ``work`` while other programs leave the cores alone; also returns the share that they used.
 
         Up to ``Settings.patience`` seconds go into waiting for such a moment and trying again; then the
-        quietest attempt counts.
+        quietest attempt counts. Collective over the default group.
         """
-        settings = self.settings
-        best: tuple[dict[str, Samples], float] | None = None
-        left = torch.tensor(settings.patience)
+        best: tuple[Result, float] | None = None
+        left = self.settings.patience
         while best is None or (best[1] > QUIET and left > 0):
             start = time.monotonic()
             if self.rank == 0 and left > 0:
-                machine.await_quiet(float(left), QUIET)
+                machine.await_quiet(left, QUIET)
             dist.barrier()
             others, own = machine.Others(), time.process_time()
-            samples = measure(
-                calls, repeats=settings.repeats, seconds=settings.seconds, sets=settings.input_sets
-            )
+            result = work()
             used = torch.tensor(time.process_time() - own, dtype=torch.float64)
             dist.all_reduce(used)
-            verdict = torch.tensor([others.share(float(used)), float(left) - (time.monotonic() - start)])
+            verdict = torch.tensor([others.share(float(used)), left - (time.monotonic() - start)])
             dist.broadcast(verdict, 0)
-            share, left = float(verdict[0]), verdict[1]
+            share, left = verdict.tolist()
             if best is None or share < best[1]:
-                best = samples, share
+                best = result, share
         return best
 
 
@@ -150,7 +149,10 @@ def measure_site(site: shapes.Site, ranks: Ranks) -> list[dict[str, Any]]:
         for name, traffic in ranks.traffic.items():
             traffic.reset()
             calls[name] = _counting(calls[name], counted, name)
-        samples, others = ranks.quietly(calls)
+        repeats, seconds, number = settings.repeats, settings.seconds, settings.input_sets
+        samples, others = ranks.quietly(
+            partial(measure, calls, repeats=repeats, seconds=seconds, sets=number)
+        )
         found.append(
             {
                 **asdict(site),

@@ -42,7 +42,8 @@ def rank_main(rank: int, settings: Settings, folder: str) -> None:
         "gloo": systems.gloo("column", ranks.gloo, systems.gather_tensor, systems.scatter_tensor, False),
         **{name: systems.overlapped("column", group, "floor", False) for name, group in ranks.groups.items()},
     }
-    result: dict[str, Any] = {"floors": floors.floors(ways, settings.quick), "rows": []}
+    limits, others = ranks.quietly(lambda: floors.floors(ways, settings.quick))
+    result: dict[str, Any] = {"floors": {**limits, "others_share": round(others, 4)}, "rows": []}
     for site in chosen:
         result["rows"] += measure_site(site, ranks)
         if rank == 0:

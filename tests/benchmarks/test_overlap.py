@@ -76,7 +76,7 @@ def test_numbers_come_with_machine_versions_and_date(report: dict[str, Any]) -> 
     assert report["settings"]["world"] == 2
     assert report["settings"]["device"] == "cpu"
     assert set(report["load_average"]) == {"before", "after"}
-    assert set(report["floors"]) == {"copy_gb_per_s", "product_gflop_per_s", "call_ms"}
+    assert set(report["floors"]) == {"copy_gb_per_s", "product_gflop_per_s", "call_ms", "others_share"}
 
 
 def test_the_verdict_is_that_of_the_rows(finished: tuple[str, dict[str, Any]]) -> None:
