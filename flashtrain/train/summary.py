@@ -24,7 +24,7 @@ SAMPLE_TOKENS = 240
 
 @dataclass(frozen=True)
 class Summary:
-    """``held_out`` and ``unigram_entropy`` in nats per token; ``measured`` are this session's steps."""
+    """``held_out`` and ``unigram_entropy`` in nats per token; ``measured`` are the steps since it was started."""
 
     out: Path
     checkpoint: Path
