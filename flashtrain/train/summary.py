@@ -24,7 +24,7 @@ SAMPLE_TOKENS = 240
 
 @dataclass(frozen=True)
 class Summary:
-    """``held_out`` and ``unigram_entropy`` in nats per token; ``measured`` are the steps since it was started."""
+    """``held_out`` and ``unigram_entropy`` in nats per token; ``measured`` are the steps of this start."""
 
     out: Path
     checkpoint: Path
