@@ -53,8 +53,8 @@ class Ranks:
         cpu = torch.device("cpu")
         peer_to_peer = self.groups["group"]
         # Settings hold for all groups at once, and changing them would restart the other's transport.
-        transport._transports[peer_to_peer.group_name, cpu.type] = GroupTransport(
-            peer_to_peer, transport.settings().timeout
+        transport.assign(
+            peer_to_peer.group_name, cpu.type, GroupTransport(peer_to_peer, transport.settings().timeout)
         )
         self.traffic = {
             name: transport.of(group.group_name, cpu).traffic for name, group in self.groups.items()

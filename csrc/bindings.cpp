@@ -3,6 +3,7 @@
 
 #include "copy_engine_bindings.hpp"
 #include "host_transport.hpp"
+#include "kernel_bindings.hpp"
 
 namespace py = pybind11;
 using namespace flashtrain;
@@ -10,6 +11,7 @@ using namespace flashtrain;
 PYBIND11_MODULE(_core, module) {
   module.doc() = "Host code of the transports; see flashtrain.comm.transport.host and flashtrain.comm.transport.nvlink.";
   module.attr("layout") = kLayout;
+  bind_kernel(module);
   bind_copy_engine(module);
   module.def("process_start_time", &process_start_time, py::arg("pid"));
 

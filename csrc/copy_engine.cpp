@@ -1,6 +1,7 @@
 #include "copy_engine.hpp"
 
 #include <algorithm>
+#include <numeric>
 #include <stdexcept>
 #include <utility>
 
@@ -160,6 +161,32 @@ void CopyEngine::push(const std::vector<uint32_t>& which, const std::vector<uint
   }
 }
 
+uint32_t CopyEngine::start(const FusedProduct& product, const std::string& site, uint64_t stream,
+                           const std::vector<uint64_t>& given) {
+  if (given.size() != product.places.size()) throw std::invalid_argument("a product is given too few addresses");
+  open(product.program, site, stream, true);
+  try {
+    std::vector<uint64_t> values = product.values;
+    for (size_t number = 0; number < given.size(); ++number) {
+      for (const uint32_t place : product.places[number]) values.at(place) = given[number];
+    }
+    for (const uint32_t place : product.landing) values.at(place) = landings_[rank_] + epoch_ % 2 * stride_;
+    for (const uint32_t place : product.epoch) values.at(place) = epoch_;
+    std::vector<uint32_t> all(product.program->sends.size());
+    std::iota(all.begin(), all.end(), 0);
+    std::vector<uint64_t> sources = product.offsets;
+    for (uint64_t& source : sources) source += given.at(product.source);
+    if (product.early) push_early(all, sources);
+    product.launch->start(product.blocks, stream_, values);
+    if (!product.early) push_signalled(all, sources);
+    waited();
+  } catch (...) {
+    abort("an exception broke it off");
+    throw;
+  }
+  return epoch_;
+}
+
 void CopyEngine::wait(uint32_t which) {
   check();
   if (!flight_) throw std::logic_error("no operation is open");
@@ -205,7 +232,7 @@ uint64_t CopyEngine::flag(uint32_t arrival) const {
 
 uint64_t CopyEngine::signal(uint32_t send) const {
   if (send >= FlagTable::kColumns) throw std::out_of_range("there are not so many sends");
-  return host_.flag(rank_, rank_, send);
+  return signals() + sizeof(uint32_t) * send;
 }
 
 }  // namespace flashtrain

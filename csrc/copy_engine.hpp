@@ -7,10 +7,26 @@
 #include <vector>
 
 #include "driver.hpp"
+#include "kernel.hpp"
 #include "program.hpp"
 #include "watchdog.hpp"
 
 namespace flashtrain {
+
+// A product in one kernel whose operand arrives, or whose result leaves, chunk by chunk while it runs.
+struct FusedProduct {
+  std::shared_ptr<const Program> program;
+  std::shared_ptr<Launch> launch;
+  uint32_t blocks;
+  // Parameters that are the same in every call; the others are filled in from what the caller gives.
+  std::vector<uint64_t> values;
+  std::vector<std::vector<uint32_t>> places;  // of each address that the caller gives: the parameters that take it
+  std::vector<uint32_t> landing, epoch;       // parameters that take this rank's landing buffer, and the epoch
+  // Sends are read from this one of the given addresses, each so many bytes from it.
+  uint32_t source;
+  std::vector<uint64_t> offsets;
+  bool early;  // they are complete when the operation begins; else the kernel signals each
+};
 
 // Operations run one after the other, in the same order on every rank; each is an epoch. Nothing here blocks
 // the host but open(), when it is too far ahead of the device. Addresses and streams are the raw values that
@@ -53,6 +69,10 @@ class CopyEngine {
   // The same, each when a kernel of this rank has set word signal(send) to the epoch. Launch that kernel first:
   // where streams share a hardware queue, it would stand behind the wait.
   void push_signalled(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources);
+  // Open an operation for `product`, push, and launch its kernel, which waits for arrivals itself; returns the
+  // epoch. It stays open, so that more can be done with what has landed, until close().
+  uint32_t start(const FusedProduct& product, const std::string& site, uint64_t stream,
+                 const std::vector<uint64_t>& given);
   // Let the stream wait for arrival number `which`.
   void wait(uint32_t which);
   // A kernel on the stream has waited for all arrivals.
@@ -68,6 +88,8 @@ class CopyEngine {
   uint64_t flag(uint32_t arrival) const;
   uint64_t signal(uint32_t send) const;
   uint64_t stop_word() const { return host_.notice(rank_, rank_); }
+  uint64_t flags() const { return device_.flag(rank_, 0, 0); }    // [world][kColumns], of arrivals
+  uint64_t signals() const { return host_.flag(rank_, rank_, 0); }  // one a send
 
  private:
   enum class After { kStream, kOpening, kSignal };

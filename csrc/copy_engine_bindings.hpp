@@ -20,6 +20,17 @@ inline void bind_copy_engine(pybind11::module_& module) {
       .def(py::init<std::string, uint32_t, const Messages&, const Messages&>(), py::arg("op"), py::arg("steps"),
            py::arg("sends"), py::arg("arrivals"));
 
+  using Places = std::vector<uint32_t>;
+  py::class_<FusedProduct>(module, "FusedProduct")
+      .def(py::init([](std::shared_ptr<Program> program, std::shared_ptr<Launch> launch, uint32_t blocks,
+                       std::vector<uint64_t> values, std::vector<Places> places, Places landing, Places epoch,
+                       uint32_t source, std::vector<uint64_t> offsets, bool early) {
+             return FusedProduct{std::move(program), std::move(launch), blocks, std::move(values), std::move(places),
+                                 std::move(landing), std::move(epoch), source, std::move(offsets), early};
+           }),
+           py::arg("program"), py::arg("launch"), py::arg("blocks"), py::arg("values"), py::arg("places"),
+           py::arg("landing"), py::arg("epoch"), py::arg("source"), py::arg("offsets"), py::arg("early"));
+
   using Which = std::vector<uint32_t>;
   using Sources = std::vector<uint64_t>;
   py::class_<CopyEngine>(module, "CopyEngine")
@@ -32,6 +43,8 @@ inline void bind_copy_engine(pybind11::module_& module) {
       .def("push", py::overload_cast<const Which&, const Sources&>(&CopyEngine::push))
       .def("push_early", &CopyEngine::push_early)
       .def("push_signalled", &CopyEngine::push_signalled)
+      .def("start", &CopyEngine::start, py::arg("product"), py::arg("site"), py::arg("stream"), py::arg("given"),
+           py::call_guard<py::gil_scoped_release>())
       .def("wait", &CopyEngine::wait)
       .def("waited", &CopyEngine::waited)
       .def("close", &CopyEngine::close)
@@ -39,7 +52,9 @@ inline void bind_copy_engine(pybind11::module_& module) {
       .def("check", &CopyEngine::check)
       .def("flag", &CopyEngine::flag, py::arg("arrival"))
       .def("signal", &CopyEngine::signal, py::arg("send"))
-      .def_property_readonly("stop_word", &CopyEngine::stop_word);
+      .def_property_readonly("stop_word", &CopyEngine::stop_word)
+      .def_property_readonly("flags", &CopyEngine::flags)
+      .def_property_readonly("signals", &CopyEngine::signals);
 }
 
 }  // namespace flashtrain

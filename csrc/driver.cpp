@@ -11,7 +11,7 @@ namespace flashtrain {
 namespace {
 
 // The version of the interface that the declarations above follow; newer drivers still serve it.
-constexpr int kInterface = 12000;
+constexpr int kInterface = 12040;
 
 using GetProcAddress = DriverResult (*)(const char*, void**, int version, uint64_t flags, int* found);
 
@@ -21,7 +21,7 @@ class Symbols {
     void* handle = dlopen(library.c_str(), RTLD_NOW | RTLD_LOCAL);
     if (handle == nullptr) throw std::runtime_error("there is no CUDA driver: " + std::string(dlerror()));
     get_ = reinterpret_cast<GetProcAddress>(dlsym(handle, "cuGetProcAddress_v2"));
-    if (get_ == nullptr) throw std::runtime_error(library + " is older than CUDA 12; install a newer driver");
+    if (get_ == nullptr) throw std::runtime_error(library + " is older than CUDA 12.4; install a newer driver");
   }
 
   template <typename Function>
@@ -62,6 +62,14 @@ std::unique_ptr<Driver> resolve(const std::string& library) {
   symbols.find(driver->host_register, "cuMemHostRegister");
   symbols.find(driver->host_unregister, "cuMemHostUnregister");
   symbols.find(driver->host_get_device_pointer, "cuMemHostGetDevicePointer");
+  symbols.find(driver->module_load, "cuModuleLoadData");
+  symbols.find(driver->module_get_function, "cuModuleGetFunction");
+  symbols.find(driver->function_set_attribute, "cuFuncSetAttribute");
+  symbols.find(driver->function_get_parameter, "cuFuncGetParamInfo");
+  symbols.find(driver->blocks_per_multiprocessor, "cuOccupancyMaxActiveBlocksPerMultiprocessor");
+  symbols.find(driver->tensor_map_encode, "cuTensorMapEncodeTiled");
+  symbols.find(driver->tensor_map_replace_address, "cuTensorMapReplaceAddress");
+  symbols.find(driver->launch, "cuLaunchKernel");
   return driver;
 }
 

@@ -13,6 +13,8 @@ using DeviceAddress = unsigned long long;
 using StreamHandle = void*;
 using EventHandle = void*;
 using ContextHandle = void*;
+using ModuleHandle = void*;
+using FunctionHandle = void*;
 using DriverResult = int;
 
 constexpr DriverResult kDriverSuccess = 0;
@@ -23,6 +25,8 @@ constexpr unsigned kWaitThenFlush = 1u << 30;           // CU_STREAM_WAIT_VALUE_
 constexpr unsigned kWriteAfterEarlierWrites = 0;        // CU_STREAM_WRITE_VALUE_DEFAULT: with a memory barrier
 constexpr unsigned kRegisterForAllDevices = 1 | 2;      // CU_MEMHOSTREGISTER_PORTABLE, _DEVICEMAP
 constexpr int kCanFlushRemoteWrites = 98;               // CU_DEVICE_ATTRIBUTE_CAN_FLUSH_REMOTE_WRITES
+constexpr int kMostDynamicSharedMemory = 8;             // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
+constexpr int kPromoteTo128Bytes = 2;                   // CU_TENSOR_MAP_L2_PROMOTION_L2_128B
 
 struct Driver {
   DriverResult (*get_error_name)(DriverResult, const char**);
@@ -45,6 +49,18 @@ struct Driver {
   DriverResult (*host_register)(void*, size_t bytes, unsigned flags);
   DriverResult (*host_unregister)(void*);
   DriverResult (*host_get_device_pointer)(DeviceAddress*, void*, unsigned flags);
+  DriverResult (*module_load)(ModuleHandle*, const void* image);
+  DriverResult (*module_get_function)(FunctionHandle*, ModuleHandle, const char* name);
+  DriverResult (*function_set_attribute)(FunctionHandle, int attribute, int value);
+  DriverResult (*function_get_parameter)(FunctionHandle, size_t index, size_t* offset, size_t* size);
+  DriverResult (*blocks_per_multiprocessor)(int*, FunctionHandle, int threads, size_t shared_memory);
+  DriverResult (*tensor_map_encode)(void* map, int type, uint32_t rank, void* address, const uint64_t* dimensions,
+                                    const uint64_t* pitches, const uint32_t* box, const uint32_t* strides,
+                                    int interleave, int swizzle, int promotion, int fill);
+  DriverResult (*tensor_map_replace_address)(void* map, void* address);
+  DriverResult (*launch)(FunctionHandle, unsigned grid_x, unsigned grid_y, unsigned grid_z, unsigned block_x,
+                         unsigned block_y, unsigned block_z, unsigned shared_memory, StreamHandle,
+                         void** parameters, void** extra);
 
   // The driver in the shared object `library`, loaded once and never unloaded. Throws std::runtime_error
   // that says what is missing.

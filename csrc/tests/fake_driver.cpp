@@ -14,6 +14,7 @@
 #include <random>
 #include <string>
 #include <thread>
+#include <vector>
 
 namespace {
 
@@ -154,6 +155,73 @@ int fill_words(uint64_t to, unsigned value, size_t words, void* stream) {
   });
   return 0;
 }
+// Kernels, in miniature: a launch runs one of these functions with a copy of its parameters.
+struct FakeKernel {
+  std::vector<size_t> sizes;  // of the parameters, in bytes
+  std::function<void(const std::vector<uint64_t>&)> run;
+};
+
+// What a fused product does to memory: copies its source to where chunks leave from and signals each, waits for
+// one chunk (or `subchunks`) of every peer, and copies what has landed.
+void relay(const std::vector<uint64_t>& parameters) {
+  enum { kLanding, kSource = 5, kLeaving, kSeen, kSignals, kFlags, kStop, kEpoch, kRank, kWorld, kSubchunks, kSends,
+         kLeavingBytes, kLandingBytes, kColumns };
+  const auto& p = parameters;
+  const auto number = [&](size_t index) { return static_cast<uint32_t>(p[index]); };
+  copy_words(p[kLeaving], p[kSource], number(kLeavingBytes));
+  for (uint32_t send = 0; send < number(kSends); ++send) store(p[kSignals] + 4 * send, number(kEpoch));
+  for (uint32_t peer = 0; peer < number(kWorld); ++peer) {
+    for (uint32_t sub = 0; sub < number(kSubchunks); ++sub) {
+      const uint64_t flag = p[kFlags] + 4 * (uint64_t{peer} * number(kColumns) + sub);
+      while (peer != number(kRank) && static_cast<int32_t>(load(flag) - number(kEpoch)) < 0 && load(p[kStop]) == 0) pause();
+    }
+  }
+  copy_words(p[kSeen], p[kLanding], number(kLandingBytes));
+}
+
+int module_load(void** module, const void*) {
+  *module = reinterpret_cast<void*>(1);
+  return 0;
+}
+int module_get_function(void** function, void*, const char* name) {
+  static FakeKernel kernel{{128, 4, 4, 8, 8, 8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4, 4, 4, 4, 8, 8}, relay};
+  *function = &kernel;
+  return std::string(name) == "relay" ? 0 : kNotFound;
+}
+int function_set_attribute(void*, int, int) { return 0; }
+int function_get_parameter(void* function, size_t index, size_t* offset, size_t* size) {
+  const auto& sizes = static_cast<FakeKernel*>(function)->sizes;
+  if (index >= sizes.size()) return kInvalidValue;
+  *offset = 0;
+  *size = sizes[index];
+  return 0;
+}
+int blocks_per_multiprocessor(int* blocks, void*, int, size_t) {
+  *blocks = 1;
+  return 0;
+}
+int tensor_map_encode(void* map, int, uint32_t, void* address, const uint64_t*, const uint64_t*, const uint32_t*,
+                      const uint32_t*, int, int, int, int) {
+  std::memcpy(map, &address, sizeof(address));
+  return 0;
+}
+int tensor_map_replace_address(void* map, void* address) {
+  std::memcpy(map, &address, sizeof(address));
+  return 0;
+}
+int launch(void* function, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, unsigned, void* stream,
+           void** parameters, void**) {
+  const auto* kernel = static_cast<FakeKernel*>(function);
+  std::vector<uint64_t> values;
+  for (size_t index = 0; index < kernel->sizes.size(); ++index) {
+    uint64_t value = 0;
+    std::memcpy(&value, parameters[index], kernel->sizes[index] == 4 ? 4 : 8);
+    values.push_back(value);
+  }
+  stream_of(stream).add([kernel, values] { kernel->run(values); });
+  return 0;
+}
+
 int host_register(void*, size_t, unsigned) { return 0; }
 int host_unregister(void*) { return 0; }
 int host_get_device_pointer(uint64_t* address, void* memory, unsigned) {
@@ -185,6 +253,14 @@ __attribute__((visibility("default"))) int cuGetProcAddress_v2(const char* name,
       {"cuEventDestroy", reinterpret_cast<void*>(&event_destroy)},
       {"cuMemcpyDtoDAsync", reinterpret_cast<void*>(&copy_on_device)},
       {"cuMemsetD32Async", reinterpret_cast<void*>(&fill_words)},
+      {"cuModuleLoadData", reinterpret_cast<void*>(&module_load)},
+      {"cuModuleGetFunction", reinterpret_cast<void*>(&module_get_function)},
+      {"cuFuncSetAttribute", reinterpret_cast<void*>(&function_set_attribute)},
+      {"cuFuncGetParamInfo", reinterpret_cast<void*>(&function_get_parameter)},
+      {"cuOccupancyMaxActiveBlocksPerMultiprocessor", reinterpret_cast<void*>(&blocks_per_multiprocessor)},
+      {"cuTensorMapEncodeTiled", reinterpret_cast<void*>(&tensor_map_encode)},
+      {"cuTensorMapReplaceAddress", reinterpret_cast<void*>(&tensor_map_replace_address)},
+      {"cuLaunchKernel", reinterpret_cast<void*>(&launch)},
       {"cuMemHostRegister", reinterpret_cast<void*>(&host_register)},
       {"cuMemHostUnregister", reinterpret_cast<void*>(&host_unregister)},
       {"cuMemHostGetDevicePointer", reinterpret_cast<void*>(&host_get_device_pointer)},

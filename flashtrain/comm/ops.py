@@ -3,11 +3,14 @@
 For W ranks of ``group`` with M rows in all (rank c holds the rows ``tensor_split`` gives it, M/W below):
 
     all_gather_matmul        y [M, N/W]       = AG(x_shard [M/W, K]) · w_shard [N/W, K]ᵀ
-      its backward           dx_shard [M/W, K] = RS(dy · w_shard)             matmul_reduce_scatter
-                             dw_shard [N/W, K] = dyᵀ · AG(x_shard)            all_gather_weight_grad
+      its backward           dx_shard [M/W, K] = RS(dy · w_shard)             column_gradients: the gather
+                             dw_shard [N/W, K] = dyᵀ · AG(x_shard)            under dx, the scatter under dw
     matmul_reduce_scatter    y_shard [M/W, N] = RS(x [M, K/W] · w_shard [N, K/W]ᵀ)
-      its backward           dx [M, K/W]      = AG(dy_shard) · w_shard        all_gather_matmul
-                             dw_shard [N, K/W] = AG(dy_shard)ᵀ · x            the gather of dx serves twice
+      its backward           dx [M, K/W]      = AG(dy_shard) · w_shard        row_gradients: the gather
+                             dw_shard [N, K/W] = AG(dy_shard)ᵀ · x            of dx serves dw as well
+
+On nvlink and Hopper GPUs a forward product and its transfers are one kernel (``fused``), elsewhere one
+product a chunk (``chunked``).
 
 Partials are rounded once to the dtype of the operands, added in rank order in fp32 and rounded once
 more, so in fp32, bf16 and fp16 the bits depend on nothing but shapes, dtype and W: not on the
@@ -18,39 +21,15 @@ Every op takes the process group by name, for torch.compile; ``site`` names the 
 errors. ``rows`` is M where M is not W times the local rows.
 """
 
-from collections.abc import Callable
+from contextlib import ExitStack
 
 import torch
 from torch import Tensor
-from torch.nn.functional import pad
 
-from flashtrain.comm import groups, overlap, schedule, transport
-from flashtrain.comm.schedule import Expect, Schedule, split_rows
-from flashtrain.comm.transport.base import Exchange, clock
-from flashtrain.comm.transport.landing import Landing
+from flashtrain.comm import bulk, chunked, fused, groups, schedule, transport
+from flashtrain.comm.schedule import Schedule, split_rows
+from flashtrain.comm.transport.base import clock
 from flashtrain.errors import UserError
-from flashtrain.kernels.ordered_sum import choice
-
-# A chunk's bits must not depend on how many rows share its product, but libraries choose their kernel, and
-# with it the order of additions, by size: MKL below 4 rows or 12 columns, torch below 16³ multiplications
-# (which decides between its own low-precision kernel and oneDNN's). Filler rows and columns keep small
-# products on the large side of these borders. fp64 has more of them: only its values are promised.
-_FEWEST_ROWS, _FEWEST_COLUMNS, _FEWEST_MULTIPLICATIONS = 4, 16, 16**3
-
-
-def _product(x: Tensor, w: Tensor, out: Tensor) -> None:
-    """``out [rows, N] = x [rows, K] · w [N, K]ᵀ``; the bits of a row do not depend on the number of rows."""
-    rows, columns = x.shape[0], w.shape[0]
-    wide = max(columns, _FEWEST_COLUMNS)
-    tall = max(rows, _FEWEST_ROWS, _FEWEST_MULTIPLICATIONS // max(1, x.shape[1] * wide) + 1)
-    if rows == 0:
-        return
-    if (tall, wide) == (rows, columns):
-        torch.mm(x, w.t(), out=out)
-        return
-    x = pad(x, (0, 0, 0, tall - rows)) if tall > rows else x
-    w = pad(w, (0, 0, 0, wide - columns)) if wide > columns else w
-    out.copy_(torch.mm(x, w.t())[:rows, :columns])
 
 
 def _rows_per_rank(shard: Tensor, group: str, rows: int | None) -> tuple[int, ...]:
@@ -82,126 +61,6 @@ def _plan(op: str, counts: tuple[int, ...], group: str) -> Schedule:
     return build(counts, groups.resolve(group).rank(), kind=chosen.kind, subchunks=chosen.subchunks)
 
 
-def _rows(plan: Schedule, chunk: int) -> slice:
-    _, offset, rows = plan.chunks[chunk]
-    return slice(offset, offset + rows)
-
-
-class _Gathered:
-    """The gathered rows while an operation is under way: own rows in ``shard``, others where they landed."""
-
-    def __init__(self, plan: Schedule, shard: Tensor) -> None:
-        self.plan, self.shard, self.landed = plan, shard, shard
-
-    def rows(self, rows: slice) -> Tensor:
-        """``rows`` of the gathered tensor, all of one rank."""
-        own = self.plan.own_rows
-        if own.start <= rows.start and rows.stop <= own.stop:
-            if rows == own:
-                return self.shard
-            return self.shard[rows.start - own.start : rows.stop - own.start]
-        return self.landed[rows]
-
-
-def _gather(
-    plan: Schedule,
-    x_shard: Tensor,
-    group: str,
-    site: str,
-    compute: Callable[[int, _Gathered], None] | None = None,
-    keep: bool = True,
-) -> Tensor:
-    """Gather ``x_shard``; ``compute(chunk, gathered)`` runs as soon as the chunk's rows are there.
-
-    Returns the gathered tensor with ``keep``, one of no rows without.
-    """
-    mover, started = transport.of(group, x_shard.device), clock()
-    x_shard = x_shard.contiguous()
-    gathered = _Gathered(plan, x_shard)
-    x_full = x_shard.new_empty(0, *x_shard.shape[1:])
-    borrowed = False
-
-    def opened(exchange: Exchange) -> None:
-        nonlocal x_full, borrowed
-        gathered.landed, borrowed = exchange.landing_buffer(x_shard, x_shard.shape[1:]), exchange.borrowed
-        if keep:
-            x_full = torch.empty_like(gathered.landed) if borrowed else gathered.landed
-
-    def computing(chunk: int) -> None:
-        if compute is not None:
-            compute(chunk, gathered)
-        if keep and (borrowed or chunk in plan.own):
-            rows = _rows(plan, chunk)
-            x_full[rows] = gathered.rows(rows)
-
-    overlap.run(
-        plan,
-        mover,
-        site,
-        payload=lambda send: gathered.rows(_rows(plan, send.chunk)),
-        landing=lambda expect: gathered.landed[_rows(plan, expect.chunk)],
-        compute=computing,
-        opened=opened,
-    )
-    mover.traffic.operating += clock() - started
-    return x_full
-
-
-def _reduce(
-    plan: Schedule,
-    like: Tensor,
-    columns: int,
-    group: str,
-    site: str,
-    partial: Callable[[int, Tensor], None],
-    scale: float = 1.0,
-) -> Tensor:
-    """Sum partials over the ranks; ``partial(chunk, out)`` writes this rank's. Returns the own rows."""
-    mover, started = transport.of(group, like.device), clock()
-    own, layout = plan.own_rows, Landing(plan)
-    direct = layout.slotted
-    leaving = like.new_empty(plan.rows, columns)
-    landed = total = leaving
-
-    def opened(exchange: Exchange) -> None:
-        nonlocal landed
-        landed = exchange.landing_buffer(like, (columns,))
-
-    def landing(expect: Expect) -> Tensor:
-        return landed[layout.span(plan.rank, expect.chunk, expect.slot)]
-
-    def place(chunk: int) -> Tensor:
-        # Direct: the own partial takes its slot among the others. Ring: the running sum passes through.
-        if direct and chunk in plan.own:
-            return landed[layout.span(plan.rank, chunk, plan.rank)]
-        return leaving[_rows(plan, chunk)]
-
-    def arrived(expect: Expect) -> None:
-        if not direct:
-            place(expect.chunk).add_(landing(expect))
-
-    def finished() -> None:
-        nonlocal total
-        slots = landed if direct else leaving[own]
-        total = choice.ordered_sum(
-            slots.view(plan.world if direct else 1, own.stop - own.start, columns), scale
-        )
-
-    overlap.run(
-        plan,
-        mover,
-        site,
-        payload=lambda send: place(send.chunk),
-        landing=landing,
-        compute=lambda chunk: partial(chunk, place(chunk)),
-        landed=arrived,
-        opened=opened,
-        finished=finished,
-    )
-    mover.traffic.operating += clock() - started
-    return total
-
-
 _TAGS = (torch.Tag.needs_fixed_stride_order,)
 
 
@@ -214,7 +73,21 @@ def all_gather(x_shard: Tensor, group: str, site: str = "", rows: int | None = N
     Raises UserError if the shard does not fit ``rows``, TransportError if a peer fails.
     """
     plan = _plan("all_gather", _rows_per_rank(x_shard, group, rows), group)
-    return _gather(plan, x_shard, group, site)
+    return chunked.gather(plan, x_shard, group, site)
+
+
+def all_gather_into(out: Tensor, x_shard: Tensor, group: str, site: str = "") -> None:
+    """Gather row shards into ``out [M, ...]``, while a reduce-scatter of the group may be under way.
+
+    ``x_shard [M/W, ...]``; not differentiable. Raises UserError if the shard does not fit M, TransportError
+    if a peer fails.
+    """
+    plan = _plan("all_gather", _rows_per_rank(x_shard, group, out.shape[0]), group)
+    if plan.kind == "direct":
+        with bulk.gathering(plan, x_shard, group, site) as gathered:
+            out.copy_(gathered())
+    else:
+        out.copy_(chunked.gather(plan, x_shard, group, site))
 
 
 @torch.library.custom_op("flashtrain::reduce_scatter", mutates_args=(), tags=_TAGS)
@@ -226,12 +99,16 @@ def reduce_scatter(x: Tensor, group: str, site: str = "", scale: float = 1.0) ->
     """
     world = groups.resolve(group).size()
     plan = _plan("reduce_scatter", split_rows(x.shape[0], world), group)
+    x = x.contiguous()
+    if plan.kind == "direct":
+        with bulk.scattering(plan, x, group, site, scale) as scattered:
+            return scattered()
     flat = x.reshape(x.shape[0], -1) if x.numel() else x.new_empty(x.shape[0], x[:1].numel())
 
     def partial(chunk: int, out: Tensor) -> None:
-        out.copy_(flat[_rows(plan, chunk)])
+        out.copy_(flat[plan.rows_in(chunk)])
 
-    own = _reduce(plan, flat, flat.shape[1], group, site, partial, scale)
+    own = chunked.reduce(plan, flat, flat.shape[1], group, site, partial, scale)
     return own.reshape(own.shape[0], *x.shape[1:])
 
 
@@ -256,34 +133,29 @@ def all_gather_matmul(
     plan = _plan("all_gather", _rows_per_rank(x_shard, group, rows), group)
     y = x_shard.new_empty(plan.rows, w_shard.shape[0])
 
-    def compute(chunk: int, gathered: _Gathered) -> None:
-        _product(gathered.rows(_rows(plan, chunk)), w_shard, y[_rows(plan, chunk)])
-
-    return y, _gather(plan, x_shard, group, site, compute, keep=keep_gather or return_gather)
+    return y, _gather_product(plan, x_shard, w_shard, y, group, site, keep_gather or return_gather)
 
 
-@torch.library.custom_op("flashtrain::all_gather_weight_grad", mutates_args=(), tags=_TAGS)
-def all_gather_weight_grad(x_shard: Tensor, dy: Tensor, group: str, site: str = "") -> Tensor:
-    """``dw [N, K] = dy [M, N]ᵀ · AG(x_shard [M/W, K])``, added chunk by chunk, the own chunk first.
+def _gather_product(
+    plan: Schedule, x_shard: Tensor, w: Tensor, y: Tensor, group: str, site: str, keep: bool
+) -> Tensor:
+    """``y = AG(x_shard) · wᵀ``; returns the gathered rows, or none without ``keep``."""
+    mover = transport.of(group, x_shard.device)
+    if not fused.fits(mover, plan, x_shard, w):
 
-    Products of one rank's rows are added in fp32 in schedule order (r, r+1, ...), whatever the number of
-    sub-chunks. Raises UserError if the shard does not fit M, TransportError if a peer fails.
-    """
-    plan = _plan("all_gather", _rows_per_rank(x_shard, group, dy.shape[0]), group)
-    wide = torch.promote_types(x_shard.dtype, torch.float32)
-    dw = torch.zeros(dy.shape[1], x_shard.shape[1], dtype=wide, device=dy.device)
+        def compute(chunk: int, gathered: chunked.Gathered) -> None:
+            rows = plan.rows_in(chunk)
+            chunked.product(gathered.rows(rows), w, y[rows])
 
-    def compute(chunk: int, gathered: _Gathered) -> None:
-        owner = plan.chunks[chunk].owner
-        if chunk == (owner + 1) * plan.subchunks - 1:
-            rows = plan.rows_of(owner)
-            if dw.dtype == dy.dtype:
-                dw.addmm_(dy[rows].t(), gathered.rows(rows))
-            else:
-                dw.add_(torch.mm(dy[rows].t(), gathered.rows(rows)))
+        return chunked.gather(plan, x_shard, group, site, compute, keep=keep)
+    x_full = x_shard.new_empty(plan.rows if keep else 0, x_shard.shape[1])
 
-    _gather(plan, x_shard, group, site, compute, keep=False)
-    return dw.to(x_shard.dtype)
+    def landed(gathered: Tensor) -> None:
+        x_full.copy_(gathered)
+        x_full[plan.own_rows] = x_shard
+
+    fused.gather_matmul(mover, plan, x_shard, w, y, site, landed=landed if keep else None)
+    return x_full
 
 
 @torch.library.custom_op("flashtrain::matmul_reduce_scatter", mutates_args=(), tags=_TAGS)
@@ -297,10 +169,72 @@ def matmul_reduce_scatter(x: Tensor, w_shard: Tensor, group: str, site: str = ""
     world = groups.resolve(group).size()
     plan = _plan("reduce_scatter", split_rows(x.shape[0], world), group)
 
-    def partial(chunk: int, out: Tensor) -> None:
-        _product(x[_rows(plan, chunk)], w_shard, out)
+    mover = transport.of(group, x.device)
+    if fused.fits(mover, plan, x, w_shard):
+        return fused.matmul_scatter(mover, plan, x, w_shard, site)
 
-    return _reduce(plan, x, w_shard.shape[0], group, site, partial)
+    def partial(chunk: int, out: Tensor) -> None:
+        chunked.product(x[plan.rows_in(chunk)], w_shard, out)
+
+    return chunked.reduce(plan, x, w_shard.shape[0], group, site, partial)
+
+
+@torch.library.custom_op("flashtrain::column_gradients", mutates_args=(), tags=_TAGS)
+def column_gradients(
+    dy: Tensor, x: Tensor, w_shard: Tensor, group: str, site: str = "", gathered: bool = False
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``all_gather_matmul``: ``dx_shard [M/W, K] = RS(dy · w)`` and ``dw [N, K] = dyᵀ · AG(x)``.
+
+    ``dy [M, N]``, ``w_shard [N, K]``; ``x`` is ``x_shard [M/W, K]``, or x_full where it was ``gathered``. The
+    gather runs under the product for dx, its scatter under the product for dw. Raises UserError if the
+    shard does not fit M, TransportError if a peer fails.
+    """
+    started, mover = clock(), transport.of(group, dy.device)
+    scatter = _plan("reduce_scatter", split_rows(dy.shape[0], groups.resolve(group).size()), group)
+    if scatter.kind == "ring":
+        # What passes from rank to rank cannot all leave at once.
+        x = x if gathered else all_gather(x, group, site, dy.shape[0])
+        return matmul_reduce_scatter(dy, w_shard.t(), group, site), torch.mm(dy.t(), x)
+    with ExitStack() as under_way:
+        wait = lambda: x  # noqa: E731
+        if not gathered:
+            gather = _plan("all_gather", _rows_per_rank(x, group, dy.shape[0]), group)
+            wait = under_way.enter_context(bulk.gathering(gather, x, group, site))
+        computing = clock()
+        partials = dy.new_empty(dy.shape[0], w_shard.shape[1])
+        chunked.product(dy, w_shard.t(), partials)
+        computed = clock() - computing
+        total = under_way.enter_context(bulk.scattering(scatter, partials, group, site))
+        x_full, computing = wait(), clock()
+        dw = torch.mm(dy.t(), x_full)
+        mover.traffic.computing += computed + clock() - computing
+        dx_shard = total()
+    mover.traffic.operating += clock() - started
+    return dx_shard, dw
+
+
+@torch.library.custom_op("flashtrain::row_gradients", mutates_args=(), tags=_TAGS)
+def row_gradients(
+    dy_shard: Tensor, x: Tensor, w_shard: Tensor, group: str, site: str = ""
+) -> tuple[Tensor, Tensor]:
+    """Gradients of ``matmul_reduce_scatter``: ``dx = AG(dy_shard) · w`` and ``dw = AG(dy_shard)ᵀ · x``.
+
+    ``dy_shard [M/W, N]``, ``x [M, K]``, ``w_shard [N, K]``; gathered once for both. Raises UserError if the
+    shard does not fit M, TransportError if a peer fails.
+    """
+    plan = _plan("all_gather", _rows_per_rank(dy_shard, group, x.shape[0]), group)
+    mover, dx = transport.of(group, x.device), torch.empty_like(x)
+    if not fused.fits(mover, plan, dy_shard, w_shard.t()):
+        dy = _gather_product(plan, dy_shard, w_shard.t(), dx, group, site, keep=True)
+        return dx, torch.mm(dy.t(), x)
+    dw = torch.empty_like(w_shard)
+
+    def landed(dy: Tensor) -> None:
+        dy[plan.own_rows] = dy_shard
+        torch.mm(dy.t(), x, out=dw)
+
+    fused.gather_matmul(mover, plan, dy_shard, w_shard.t(), dx, site, landed=landed)
+    return dx, dw
 
 
 # Fakes: what torch.compile, meta tensors and opcheck see. Shapes are those of the real ops.
@@ -331,14 +265,22 @@ def _(
     return x_shard.new_empty(gathered, w_shard.shape[0]), x_shard.new_empty(kept, x_shard.shape[1])
 
 
-@all_gather_weight_grad.register_fake
-def _(x_shard: Tensor, dy: Tensor, group: str, site: str = "") -> Tensor:
-    return x_shard.new_empty(dy.shape[1], x_shard.shape[1])
-
-
 @matmul_reduce_scatter.register_fake
 def _(x: Tensor, w_shard: Tensor, group: str, site: str = "") -> Tensor:
     return x.new_empty(_own_rows(x, group), w_shard.shape[0])
+
+
+@column_gradients.register_fake
+def _(
+    dy: Tensor, x: Tensor, w_shard: Tensor, group: str, site: str = "", gathered: bool = False
+) -> tuple[Tensor, Tensor]:
+    own = _own_rows(dy, group)
+    return dy.new_empty(own, w_shard.shape[1]), w_shard.new_empty(w_shard.shape)
+
+
+@row_gradients.register_fake
+def _(dy_shard: Tensor, x: Tensor, w_shard: Tensor, group: str, site: str = "") -> tuple[Tensor, Tensor]:
+    return x.new_empty(x.shape), w_shard.new_empty(w_shard.shape)
 
 
 def _gathered_rows(x_shard: Tensor, group: str, rows: int | None) -> int:
@@ -381,15 +323,17 @@ def _all_gather_matmul_context(ctx, inputs, output) -> None:  # type: ignore[no-
 
 def _all_gather_matmul_backward(ctx, dy: Tensor | None, dx_full: Tensor | None):  # type: ignore[no-untyped-def]
     x, w_shard = ctx.saved_tensors
+    wants_dx, wants_dw = ctx.needs_input_grad[:2]
     dx_shard = dw_shard = None
     if dy is not None:
         dy = dy.contiguous()
-        if ctx.needs_input_grad[0]:
+        if wants_dx and wants_dw:
+            dx_shard, dw_shard = column_gradients(dy, x, w_shard, ctx.group, ctx.site, ctx.keep_gather)
+        elif wants_dx:
             dx_shard = matmul_reduce_scatter(dy, w_shard.t(), ctx.group, ctx.site)
-        if ctx.needs_input_grad[1] and ctx.keep_gather:
-            dw_shard = torch.mm(dy.t(), x)
-        elif ctx.needs_input_grad[1]:
-            dw_shard = all_gather_weight_grad(x, dy, ctx.group, ctx.site)
+        elif wants_dw:
+            x_full = x if ctx.keep_gather else all_gather(x, ctx.group, ctx.site, dy.shape[0])
+            dw_shard = torch.mm(dy.t(), x_full)
     if dx_full is not None and ctx.returns_gather and ctx.needs_input_grad[0]:
         more = reduce_scatter(dx_full.contiguous(), ctx.group, ctx.site)
         dx_shard = more if dx_shard is None else dx_shard + more
@@ -403,12 +347,11 @@ def _matmul_reduce_scatter_context(ctx, inputs, output) -> None:  # type: ignore
 
 def _matmul_reduce_scatter_backward(ctx, dy_shard: Tensor):  # type: ignore[no-untyped-def]
     x, w_shard = ctx.saved_tensors
-    wanted = ctx.needs_input_grad[1]
-    dx, dy = all_gather_matmul(
-        dy_shard.contiguous(), w_shard.t(), ctx.group, ctx.site, x.shape[0], return_gather=wanted
-    )
-    dw_shard = torch.mm(dy.t(), x) if wanted else None
-    return dx, dw_shard, None, None
+    dy_shard = dy_shard.contiguous()
+    if ctx.needs_input_grad[1]:
+        return *row_gradients(dy_shard, x, w_shard, ctx.group, ctx.site), None, None
+    dx, _ = all_gather_matmul(dy_shard, w_shard.t(), ctx.group, ctx.site, x.shape[0], return_gather=False)
+    return dx, None, None, None
 
 
 all_gather.register_autograd(_all_gather_backward, setup_context=_all_gather_context)

@@ -127,6 +127,11 @@ class Schedule:
         """The rows of the gathered tensor that belong to this rank."""
         return self.rows_of(self.rank)
 
+    def rows_in(self, chunk: int) -> slice:
+        """The rows of the gathered tensor that ``chunk`` holds."""
+        _, offset, rows = self.chunks[chunk]
+        return slice(offset, offset + rows)
+
     def rows_of(self, rank: int) -> slice:
         """The rows of the gathered tensor that belong to ``rank``."""
         mine = self.chunks[rank * self.subchunks : (rank + 1) * self.subchunks]

@@ -27,7 +27,7 @@ class ScheduledAllGather(_Allocate, AllGather):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> None:
-        output_tensor.copy_(ops.all_gather(input_tensor, group.group_name, self.site))
+        ops.all_gather_into(output_tensor, input_tensor, group.group_name, self.site)
 
 
 class ScheduledReduceScatter(_Allocate, ReduceScatter):

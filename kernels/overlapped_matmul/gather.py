@@ -15,6 +15,7 @@ def gather_kernel(  # type: ignore[no-untyped-def]
     out,
     flags,
     word,
+    stop,
     plan,
     epoch,
     tiles,
@@ -48,7 +49,8 @@ def gather_kernel(  # type: ignore[no-untyped-def]
         x_desc = own_desc
         if WAITS:
             # A block meets the chunks in order, so it asks at its first tile of each.
-            x_row += wait_flag(flags + chunk, epoch, ((own == 0) & (tile - blocks < first)).to(tl.int32))
+            needed = ((own == 0) & (tile - blocks < first)).to(tl.int32)
+            x_row += wait_flag(flags + chunk, epoch, stop, needed)
             if own == 0:
                 x_desc = full_desc
         total = product(x_desc, w_desc, x_row, column, steps, BM, BN, BK, TRANSPOSED, PRECISION)

@@ -1,6 +1,7 @@
 """Products prepared for fixed shapes: compiled, planned, and launched for the cost of a launch."""
 
-from collections.abc import Sequence
+from collections.abc import Mapping
+from functools import cache
 from typing import Any
 
 import torch
@@ -10,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from flashtrain.errors import UserError
 from flashtrain.kernels.overlapped_matmul.config import Config, default_config
 from flashtrain.kernels.overlapped_matmul.gather import gather_kernel
-from flashtrain.kernels.overlapped_matmul.launch import INTERPRETED, Argument, Launch, Matrix, Pointer
+from flashtrain.kernels.overlapped_matmul.launch import INTERPRETED, Argument, Matrix, Pointer, launch
 from flashtrain.kernels.overlapped_matmul.plan import Part, TilePlan, tile_plan
 from flashtrain.kernels.overlapped_matmul.scatter import scatter_kernel
 
@@ -40,7 +41,7 @@ class Product:
         stored = w.t() if self.transposed else w
         self._w = Matrix(stored.shape[0], stored.shape[1], stored.stride(0), w.dtype, block)
         self._arguments: dict[str, Argument] = {}
-        self._launch: Launch | None = None
+        self.launch: Any = None  # of flashtrain._core; none under the interpreter
         self._sms = 0
         if not INTERPRETED:
             self._sms = torch.cuda.get_device_properties(x.device).multi_processor_count - spare_sms
@@ -74,56 +75,72 @@ class Product:
 
     def _build(self, arguments: dict[str, Argument], **constants: Any) -> None:
         self._arguments, self._constants = arguments, self.constants() | constants
-        # What TMA reads the driver checks; these addresses nobody else does.
-        self._aligned = [
-            index
-            for index, value in enumerate(arguments.values())
-            if isinstance(value, Pointer) and value.aligned
-        ]
         self.blocks = _INTERPRETED_BLOCKS
         if not INTERPRETED:
-            self._launch = Launch(
+            self.launch, residents = launch(
                 self.kernel, arguments, self._constants,
                 warps=self.config.warps, stages=self.config.stages, device=self.device,
             )  # fmt: skip
-            self.blocks = max(1, min(self._sms * self._launch.blocks_per_sm(), self.tiles))
+            self.blocks = max(1, min(self._sms * residents, self.tiles))
 
-    def values(self, tensors: Sequence[Tensor | None], numbers: Sequence[int], anchor: Tensor) -> list[int]:
-        """Arguments as ``Launch.start`` takes them; absent and empty tensors point to ``anchor``."""
-        fallback = anchor.data_ptr()
-        addresses = [fallback if tensor is None else tensor.data_ptr() or fallback for tensor in tensors]
-        for index in self._aligned:
-            if addresses[index] % 16:
-                name = list(self._arguments)[index]
-                raise UserError(f"{name} starts at {addresses[index]:#x}, no multiple of 16 bytes; align it")
-        return [*addresses, *numbers]
+    @property
+    def names(self) -> list[str]:
+        """Of the kernel's parameters, in the order in which ``launch`` takes their values."""
+        return list(self._arguments)
 
-    def _start(self, tensors: Sequence[Tensor | None], numbers: Sequence[int], anchor: Tensor) -> None:
-        if self._launch is None:
-            self._interpret(tensors, numbers, anchor)
+    def numbers(self) -> dict[str, int]:
+        """The parameters that are numbers, but for the epoch."""
+        raise NotImplementedError
+
+    def template(self, **addresses: int) -> list[int]:
+        """A value for each of ``names``: the numbers, the plan, and what is given; all else 0."""
+        known = {**self.numbers(), "plan": self.plan.records.data_ptr(), **addresses}
+        return [known.get(name, 0) for name in self._arguments]
+
+    def _start(self, tensors: Mapping[str, Tensor | None], epoch: int | Tensor, anchor: Tensor) -> None:
+        """Launch on the current stream; absent and empty tensors point to ``anchor``."""
+        present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
+        present |= {"plan": self.plan.records, "stop": _never(self.device)}
+        number = 0
+        if isinstance(epoch, int):
+            number = epoch & 0xFFFFFFFF
         else:
-            stream = torch._C._cuda_getCurrentRawStream(self.device.index)
-            self._launch.start(self.blocks, stream, self.values(tensors, numbers, anchor))
+            present["word"] = epoch
+        if self.launch is None:
+            self._interpret(present, {"epoch": number, **self.numbers()}, anchor)
+            return
+        fallback = anchor.data_ptr()
+        values = {name: tensor.data_ptr() or fallback for name, tensor in present.items()}
+        values |= {"epoch": number, **self.numbers()}
+        stream = torch._C._cuda_getCurrentRawStream(self.device.index)
+        self.launch.start(self.blocks, stream, [values.get(name, fallback) for name in self._arguments])
 
-    def _interpret(self, tensors: Sequence[Tensor | None], numbers: Sequence[int], anchor: Tensor) -> None:
+    def _interpret(self, tensors: Mapping[str, Tensor], numbers: Mapping[str, int], anchor: Tensor) -> None:
         values: list[Any] = []
-        for argument, tensor in zip(self._arguments.values(), tensors, strict=False):
+        for name, argument in self._arguments.items():
+            if argument is None:
+                values.append((numbers[name] + 2**31) % 2**32 - 2**31)
+                continue
+            tensor = tensors.get(name)
             if tensor is None or not tensor.numel():
                 # A tensor of the right type that no tile touches.
-                kind = argument.dtype if isinstance(argument, Matrix | Pointer) else anchor.dtype
                 shape = (argument.rows, argument.pitch) if isinstance(argument, Matrix) else (4,)
-                tensor = torch.empty(shape, dtype=kind)
+                tensor = torch.empty(shape, dtype=argument.dtype)
             if isinstance(argument, Matrix):
                 extents, strides = [argument.rows, argument.columns], [argument.pitch, 1]
                 values.append(TensorDescriptor(tensor, extents, strides, list(argument.block)))
             else:
                 values.append(tensor)
-        wrapped = [(number + 2**31) % 2**32 - 2**31 for number in numbers]
-        self.kernel[(self.blocks,)](*values, *wrapped, **self._constants)
+        self.kernel[(self.blocks,)](*values, **self._constants)
 
 
-def _epoch(epoch: int | Tensor) -> tuple[int, Tensor | None]:
-    return (epoch & 0xFFFFFFFF, None) if isinstance(epoch, int) else (0, epoch)
+_WORDS = ("word", "stop", "plan")
+
+
+@cache
+def _never(device: torch.device) -> Tensor:
+    """A word that stops nobody."""
+    return torch.zeros(1, dtype=torch.int32, device=device)
 
 
 class GatherMatmul(Product):
@@ -153,10 +170,18 @@ class GatherMatmul(Product):
             "full_desc": self._operand(full),
             "w_desc": self._w,
             "out": self._result(out, config.block_n // 2 if config.split else config.block_n),
-            **{name: Pointer(torch.int32) for name in ("flags", "word", "plan")},
-            **dict.fromkeys(("epoch", "tiles", "columns", "steps", "width")),
+            **{name: Pointer(torch.int32) for name in ("flags", *_WORDS)},
+            **dict.fromkeys(("epoch", *self.numbers())),
         }
         self._build(arguments, WAITS=waits, WORD=device_epoch)
+
+    def numbers(self) -> dict[str, int]:
+        return {
+            "tiles": self.tiles,
+            "columns": self.column_tiles,
+            "steps": self.steps,
+            "width": self.columns,
+        }
 
     def __call__(
         self,
@@ -170,14 +195,17 @@ class GatherMatmul(Product):
         """Enqueue on the current stream; arguments shaped as those it was built from."""
         if not self.tiles:
             return
-        number, word = _epoch(epoch)
         full = x_own if x_buffer is None else x_buffer
-        tensors = (x_own if x_own.shape[0] else full, full, w, out, flags, word, self.plan.records)
-        self._start(tensors, (number, self.tiles, self.column_tiles, self.steps, self.columns), w)
+        own = x_own if x_own.shape[0] else full
+        tensors = {"own_desc": own, "full_desc": full, "w_desc": w, "out": out, "flags": flags}
+        self._start(tensors, epoch, w)
 
 
 class MatmulScatter(Product):
-    """``matmul_scatter`` prepared for the shapes of its arguments."""
+    """``matmul_scatter`` prepared for the shapes of its arguments.
+
+    ``arrived_stride``: distance in words between the flags of two sources.
+    """
 
     kernel = scatter_kernel
 
@@ -191,6 +219,7 @@ class MatmulScatter(Product):
         chunks: tuple[Part, ...],
         rank: int,
         *,
+        arrived_stride: int,
         device_epoch: bool = False,
         config: Config | None = None,
         spare_sms: int = 0,
@@ -198,7 +227,7 @@ class MatmulScatter(Product):
         config = config or _choose(x, w, chunks, spare_sms)
         plan = tile_plan(chunks, config.block_m, gathers=False, device=x.device)
         super().__init__(x, w, out, plan, config, spare_sms)
-        self.rank, self.world = rank, slots.shape[0]
+        self.rank, self.world, self.arrived_stride = rank, slots.shape[0], arrived_stride
         arguments: dict[str, Argument] = {
             "x_desc": self._operand(x),
             "w_desc": self._w,
@@ -206,11 +235,26 @@ class MatmulScatter(Product):
             "partials": Pointer(partials.dtype, aligned=True),
             "out": Pointer(out.dtype, aligned=True),
             "slots": Pointer(slots.dtype, aligned=True),
-            **{name: Pointer(torch.int32) for name in ("counters", "ready", "arrived", "word", "plan")},
-            **dict.fromkeys(("epoch", "others", "tiles", "columns", "steps", "width", "own_rows", "rank")),
-            **dict.fromkeys(("stride", "first_own", "row_tiles", "empties")),
+            **{name: Pointer(torch.int32) for name in ("counters", "ready", "arrived", *_WORDS)},
+            **dict.fromkeys(("epoch", *self.numbers())),
         }
         self._build(arguments, WORLD=self.world, PIECE=min(_ADDED_ROWS, config.block_m), WORD=device_epoch)
+
+    def numbers(self) -> dict[str, int]:
+        plan = self.plan
+        return {
+            "others": (plan.row_tiles - plan.own_row_tiles) * self.column_tiles,
+            "tiles": self.tiles,
+            "columns": self.column_tiles,
+            "steps": self.steps,
+            "width": self.columns,
+            "own_rows": plan.own_rows,
+            "rank": self.rank,
+            "stride": self.arrived_stride,
+            "first_own": plan.first_own,
+            "row_tiles": plan.row_tiles,
+            "empties": plan.empties,
+        }
 
     def __call__(
         self,
@@ -225,15 +269,13 @@ class MatmulScatter(Product):
         out: Tensor,
     ) -> None:
         """Enqueue on the current stream; arguments shaped as those it was built from."""
-        plan = self.plan
-        if not (self.tiles or plan.empties):
+        if not (self.tiles or self.plan.empties):
             return
-        number, word = _epoch(epoch)
-        tensors = (x, w, partials, partials, out, slots, counters, ready, arrived, word, plan.records)
-        others = (plan.row_tiles - plan.own_row_tiles) * self.column_tiles
-        sizes = (number, others, self.tiles, self.column_tiles, self.steps, self.columns)
-        rest = (plan.own_rows, self.rank, plan.own_chunks, plan.first_own, plan.row_tiles, plan.empties)
-        self._start(tensors, (*sizes, *rest), w)
+        tensors = {
+            "x_desc": x, "w_desc": w, "store": partials, "partials": partials, "out": out, "slots": slots,
+            "counters": counters, "ready": ready, "arrived": arrived,
+        }  # fmt: skip
+        self._start(tensors, epoch, w)
 
 
 def _choose(x: Tensor, w: Tensor, chunks: tuple[Part, ...], spare_sms: int) -> Config:

@@ -65,6 +65,7 @@ def scatter_kernel(  # type: ignore[no-untyped-def]
     ready,
     arrived,
     word,
+    stop,
     plan,
     epoch,
     others,
@@ -123,7 +124,7 @@ def scatter_kernel(  # type: ignore[no-untyped-def]
         # A block meets the chunks in order, so it asks at its first tile of each. (A variable carried from
         # tile to tile is no substitute: Triton 3.6 updates it at every step of a flattened loop.)
         needed = (tile - blocks < first).to(tl.int32)
-        row += wait_peers(arrived + chunk - first_own, stride, WORLD, rank, epoch, needed)
+        row += wait_peers(arrived + chunk - first_own, stride, WORLD, rank, epoch, stop, needed)
         for piece in range(0, BM, PIECE):
             add_rows(
                 out,

@@ -1,8 +1,10 @@
 """Waiting for and raising 32-bit flags inside a kernel, as one block (not one thread).
 
 A flag is a word of device memory that holds the epoch of the last arrival; it is up when
-``(int)(flag - epoch) >= 0``, so epochs may wrap. All threads of a block call these together. In Triton's
-interpreter, which knows no PTX and runs one block at a time, plain loads and stores take their place.
+``(int)(flag - epoch) >= 0``, so epochs may wrap. All threads of a block call these together. A wait also ends
+when the word ``stop`` is not zero: what was waited for will never come. That word may lie in host memory, so
+it is read once in 64 polls. In Triton's interpreter, which knows no PTX and runs one block at a time, plain
+loads and stores take their place.
 """
 
 import triton
@@ -12,7 +14,7 @@ INTERPRETED = tl.constexpr(triton.knobs.runtime.interpret)
 
 
 @triton.jit
-def wait_flag(flag, epoch, needed):  # type: ignore[no-untyped-def]
+def wait_flag(flag, epoch, stop, needed):  # type: ignore[no-untyped-def]
     """Wait until ``flag`` is up if ``needed`` is not 0; returns 0.
 
     Add the result to the coordinates of the loads that need the data: the software pipeliner moves loads
@@ -21,7 +23,7 @@ def wait_flag(flag, epoch, needed):  # type: ignore[no-untyped-def]
     the fence.
     """
     if INTERPRETED:
-        while (needed != 0) & (tl.atomic_add(flag, 0) - epoch < 0):
+        while (needed != 0) & (tl.atomic_add(flag, 0) - epoch < 0) & (tl.load(stop) == 0):
             pass
         zero = 0
     else:
@@ -29,19 +31,26 @@ def wait_flag(flag, epoch, needed):  # type: ignore[no-untyped-def]
             """
             {
             .reg .pred p;
-            .reg .b32 v;
-            setp.eq.s32 p, $3, 0;
+            .reg .b32 v, n;
+            setp.eq.s32 p, $4, 0;
             @p bra READY;
             mov.u32 v, %tid.x;
             setp.ge.u32 p, v, 32;
             @p bra JOIN;
+            mov.u32 n, 0;
             POLL:
             ld.acquire.sys.global.b32 v, [$1];
             sub.s32 v, v, $2;
             setp.ge.s32 p, v, 0;
             @p bra JOIN;
             nanosleep.u32 20;
-            bra POLL;
+            add.u32 n, n, 1;
+            and.b32 v, n, 63;
+            setp.ne.u32 p, v, 0;
+            @p bra POLL;
+            ld.relaxed.sys.global.b32 v, [$3];
+            setp.eq.u32 p, v, 0;
+            @p bra POLL;
             JOIN:
             bar.sync 0;
             fence.proxy.async;
@@ -49,8 +58,8 @@ def wait_flag(flag, epoch, needed):  # type: ignore[no-untyped-def]
             mov.u32 $0, 0;
             }
             """,
-            "=r,l,r,r",
-            [flag, epoch, needed],
+            "=r,l,r,l,r",
+            [flag, epoch, stop, needed],
             dtype=tl.int32,
             is_pure=False,
             pack=1,
@@ -59,7 +68,7 @@ def wait_flag(flag, epoch, needed):  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def wait_peers(flags, stride, world, rank, epoch, needed):  # type: ignore[no-untyped-def]
+def wait_peers(flags, stride, world, rank, epoch, stop, needed):  # type: ignore[no-untyped-def]
     """Wait until ``flags[stride * peer]`` is up for every peer below ``world`` but ``rank``; returns 0.
 
     Nothing happens if ``needed`` is 0. Lane p of one warp polls the flag of peer p: at most 32 ranks. What
@@ -67,7 +76,8 @@ def wait_peers(flags, stride, world, rank, epoch, needed):  # type: ignore[no-un
     """
     if INTERPRETED:
         for peer in range(world):
-            while (needed != 0) & (peer != rank) & (tl.atomic_add(flags + stride * peer, 0) - epoch < 0):
+            waiting = (needed != 0) & (peer != rank)
+            while waiting & (tl.atomic_add(flags + stride * peer, 0) - epoch < 0) & (tl.load(stop) == 0):
                 pass
         zero = 0
     else:
@@ -75,9 +85,9 @@ def wait_peers(flags, stride, world, rank, epoch, needed):  # type: ignore[no-un
             """
             {
             .reg .pred p;
-            .reg .b32 t, v;
+            .reg .b32 t, v, n;
             .reg .b64 a;
-            setp.eq.s32 p, $6, 0;
+            setp.eq.s32 p, $7, 0;
             @p bra READY;
             mov.u32 t, %tid.x;
             setp.ge.u32 p, t, 32;
@@ -89,13 +99,20 @@ def wait_peers(flags, stride, world, rank, epoch, needed):  # type: ignore[no-un
             mul.lo.u32 v, t, $2;
             mul.wide.u32 a, v, 4;
             add.u64 a, a, $1;
+            mov.u32 n, 0;
             POLL:
             ld.acquire.sys.global.b32 v, [a];
             sub.s32 v, v, $5;
             setp.ge.s32 p, v, 0;
             @p bra GATHERED;
             nanosleep.u32 20;
-            bra POLL;
+            add.u32 n, n, 1;
+            and.b32 v, n, 63;
+            setp.ne.u32 p, v, 0;
+            @p bra POLL;
+            ld.relaxed.sys.global.b32 v, [$6];
+            setp.eq.u32 p, v, 0;
+            @p bra POLL;
             GATHERED:
             bar.warp.sync 0xffffffff;
             JOIN:
@@ -104,8 +121,8 @@ def wait_peers(flags, stride, world, rank, epoch, needed):  # type: ignore[no-un
             mov.u32 $0, 0;
             }
             """,
-            "=r,l,r,r,r,r,r",
-            [flags, stride, world, rank, epoch, needed],
+            "=r,l,r,r,r,r,l,r",
+            [flags, stride, world, rank, epoch, stop, needed],
             dtype=tl.int32,
             is_pure=False,
             pack=1,

@@ -164,6 +164,7 @@ def matmul_scatter(
             out,
             chunks,
             rank,
+            arrived_stride=arrived.numel() // slots.shape[0],
             device_epoch=on_device,
             config=config,
             spare_sms=spare_sms,

@@ -138,21 +138,7 @@ def reduced(partials: Sequence[Tensor], rank: int, kind: str, scale: float = 1.0
     return (total * scale if scale != 1.0 else total).to(dtype)
 
 
-def weight_gradient(x: Tensor, dy: Tensor, world: int, rank: int, kind: str) -> Tensor:
-    """``dyᵀ · x`` added up rank by rank in the order in which ``rank`` receives the rows of ``x``."""
-    total = torch.zeros(dy.shape[1], x.shape[1])
-    direction = 1 if kind == "direct" else -1
-    for i in range(world):
-        owner = (rank + direction * i) % world
-        rows_dy, rows_x = share(dy, world, owner), share(x, world, owner)
-        if x.dtype == torch.float32:
-            total.addmm_(rows_dy.t(), rows_x)
-        else:
-            total += (rows_dy.t() @ rows_x).float()
-    return total.to(x.dtype)
-
-
-def replayed(given: Operands, rank: int, kind: str, keep_gather: bool) -> dict[str, Tensor]:
+def replayed(given: Operands, rank: int, kind: str) -> dict[str, Tensor]:
     """Every result on ``rank`` to the bit."""
     world, x = given.world, given.x
     column_dx = reduced([product(dy, w.t()) for dy, w in zip(given.dy, given.up, strict=True)], rank, kind)
@@ -165,7 +151,7 @@ def replayed(given: Operands, rank: int, kind: str, keep_gather: bool) -> dict[s
         "column x_full": x,
         "column dx": column_dx,
         "column dx with x_full": column_dx + gathered_dx,
-        "column dw": dy.t() @ x if keep_gather else weight_gradient(x, dy, world, rank, kind),
+        "column dw": dy.t() @ x,
         "row z": row_z,
         "row da": product(given.dz, given.down[rank].t()),
         "row dw": given.dz.t() @ given.a[rank],

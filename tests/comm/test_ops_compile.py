@@ -39,6 +39,9 @@ def samples(rank: int, world: int, group: str) -> list[tuple[Any, tuple[Any, ...
     def normal(*shape: int, grad: bool = True) -> Tensor:
         return torch.randn(*shape, generator=generator).requires_grad_(grad)
 
+    def plain(*shape: int) -> Tensor:
+        return normal(*shape, grad=False)
+
     generator = torch.Generator().manual_seed(rank)
     rows = 2 * world + 1
     mine = 2 + (rank == 0)
@@ -50,7 +53,9 @@ def samples(rank: int, world: int, group: str) -> list[tuple[Any, tuple[Any, ...
         (ops.all_gather_matmul, (normal(4, 6), normal(5, 6), group, "site", None, True)),
         (ops.all_gather_matmul, (normal(mine, 6), normal(5, 6), group, "site", rows, False, False)),
         (ops.matmul_reduce_scatter, (normal(rows, 6), normal(5, 6), group, "site")),
-        (ops.all_gather_weight_grad, (normal(mine, 6, grad=False), normal(rows, 4, grad=False), group)),
+        (ops.column_gradients, (plain(rows, 4), plain(mine, 6), plain(4, 6), group)),
+        (ops.column_gradients, (plain(rows, 4), plain(rows, 6), plain(4, 6), group, "site", True)),
+        (ops.row_gradients, (plain(mine, 4), plain(rows, 6), plain(4, 6), group)),
     ]
 
 

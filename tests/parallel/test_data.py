@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from flashtrain.comm import ops, overlap, transport
+from flashtrain.comm import ops, transport
 from flashtrain.parallel import data, mesh
 from flashtrain.parallel.mesh import DATA
 from tests.distributed import run_distributed
@@ -71,19 +71,20 @@ def _sharded(rank: int, world: int, dtype: torch.dtype) -> tuple[list[str], list
     poison()
     transport.configure(transport.Settings(transport="host"))
     called: list[tuple[str, str]] = []
-    real = overlap.run
-
-    def run(schedule: Any, mover: Any, site: str, **callbacks: Any) -> None:
-        called.append((schedule.op, site))
-        real(schedule, mover, site, **callbacks)
-
-    overlap.run = run
     torch.manual_seed(0)
     plain = nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 5), nn.Linear(5, 3)).to(dtype)
     model = nn.Sequential(nn.Linear(6, 10), nn.Linear(10, 5), nn.Linear(5, 3)).to(dtype)
     model.load_state_dict(plain.state_dict())
     ranks = mesh.build(mesh.Degrees(data=world), "cpu")
     data.shard(model, list(model)[:2], ranks[DATA])
+    mover = transport.of(ranks[DATA].get_group().group_name, torch.device("cpu"))
+    real = mover.open
+
+    def open(schedule: Any, site: str) -> Any:
+        called.append((schedule.op, site))
+        return real(schedule, site)
+
+    mover.open = open
     inputs = torch.randn(world, 4, 6).to(dtype)
     model(inputs[rank]).square().mean().backward()
 
@@ -100,8 +101,7 @@ def _sharded(rank: int, world: int, dtype: torch.dtype) -> tuple[list[str], list
         relative, absolute = 3 * torch.finfo(dtype).eps, 1e-6 if dtype == torch.float32 else 1e-3
         if not torch.allclose(actual, wanted, relative, absolute):
             failures.append(f"{name}: off by {(actual - wanted).abs().max().item()}")
-    sent = transport.of(ranks[DATA].get_group().group_name, torch.device("cpu")).traffic.bytes_sent
-    return failures, called, sent
+    return failures, called, mover.traffic.bytes_sent
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -21,6 +21,7 @@ __all__ = [
     "Settings",
     "Traffic",
     "Transport",
+    "assign",
     "configure",
     "in_use",
     "of",
@@ -41,6 +42,8 @@ class Settings:
     ``timeout``: seconds without a sign of life from a peer after which an operation fails.
     ``keep_gather``: keep the gathered input of a column-parallel product for its weight gradient,
     W times the activation memory, instead of gathering it again in the backward pass.
+    ``fused``: a product and its transfers in one kernel, where nvlink and Hopper GPUs allow it; its bits are
+    those of that kernel, without it those of cuBLAS for the rows of each sub-chunk.
     ``arena_bytes``: the most device memory that the landing buffers of one group may take on nvlink.
     """
 
@@ -49,6 +52,7 @@ class Settings:
     subchunks: int = 1
     timeout: float = 120.0
     keep_gather: bool = False
+    fused: bool = True
     arena_bytes: int = 8 << 30
 
     def validate(self) -> None:
@@ -62,7 +66,7 @@ class Settings:
 
 
 _settings = Settings()
-_transports: dict[tuple[str, str], Transport] = {}
+_transports: dict[tuple[str, str, int], Transport] = {}
 
 
 def configure(new: Settings) -> None:
@@ -83,25 +87,30 @@ def settings() -> Settings:
 
 def in_use() -> list[Transport]:
     """The transports that have been used so far."""
-    return list(_transports.values())
+    return list(dict.fromkeys(_transports.values()))
 
 
-def of(group_name: str, device: torch.device) -> Transport:
+def of(group_name: str, device: torch.device, lane: int = 0) -> Transport:
     """The transport that moves tensors of ``device`` between the ranks of the named process group.
 
-    Collective over the group at its first call. Raises UserError if ``Settings.transport`` asks for one
-    that this group or machine cannot have.
+    An operation that is to begin while another of the group is under way goes by another ``lane``: a
+    transport of its own where one can run only one at a time. Collective over the group at its first call.
+    Raises UserError if ``Settings.transport`` asks for one that this group or machine cannot have.
     """
-    key = (group_name, device.type)
-    if key not in _transports:
-        _transports[key] = _choose(groups.resolve(group_name), device)
-        log.info(
-            "transport for %d ranks of group %s: %s",
-            _transports[key].world,
-            group_name,
-            _transports[key].name,
-        )
-    return _transports[key]
+    key = (group_name, device.type, lane)
+    found = _transports.get(key)
+    if found is None:
+        first = of(group_name, device) if lane else None
+        found = first if first and not first.one_at_a_time else _choose(groups.resolve(group_name), device)
+        _transports[key] = found
+        if found is not first:
+            log.info("transport for %d ranks of group %s: %s", found.world, group_name, found.name)
+    return found
+
+
+def assign(group_name: str, device_type: str, transport: Transport) -> None:
+    """Let the named group's tensors on ``device_type`` go by ``transport``, whatever the settings say."""
+    _transports[group_name, device_type, 0] = transport
 
 
 def _choose(group: dist.ProcessGroup, device: torch.device) -> Transport:
@@ -166,6 +175,6 @@ def _first_line(error: Exception) -> str:
 @atexit.register
 def shutdown() -> None:
     """Free the threads and memory of all transports; the next operation chooses anew."""
-    for transport in _transports.values():
+    for transport in in_use():
         transport.shutdown()
     _transports.clear()

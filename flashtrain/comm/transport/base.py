@@ -154,10 +154,12 @@ class Transport(ABC):
     ``timeout`` is in seconds. Operations run one after the other or interleaved, but every rank of the
     group must open them in the same order. ``asynchronous``: waits order a device's stream and do not block
     the host, whose clock then knows nothing of what was hidden: ``traffic`` counts bytes and host time only.
+    ``one_at_a_time``: an operation must be closed before the next is opened.
     """
 
     name: str
     asynchronous = False
+    one_at_a_time = False
 
     def __init__(self, rank: int, world: int, timeout: float) -> None:
         self.rank, self.world, self.timeout = rank, world, timeout

@@ -12,6 +12,7 @@ streams go on with data that nobody may use, and the next call of any operation,
 TransportError on every rank.
 """
 
+import logging
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from importlib import import_module
@@ -29,6 +30,8 @@ from flashtrain.comm.transport.landing import Landing
 from flashtrain.comm.transport.pages import SharedPages
 from flashtrain.comm.transport.symmetric import SymmetricBuffer
 from flashtrain.errors import TransportError
+
+log = logging.getLogger("flashtrain.comm")
 
 DRIVER = "libcuda.so.1"
 _PROGRAMS_KEPT = 4096
@@ -88,11 +91,14 @@ class NvlinkTransport(Transport):
     one table; both went through ``clear_flags`` on all ranks. For the arena, ``allocate(bytes)`` makes
     symmetric memory and ``exchange`` gathers one string from every rank, both collective; ``quiesce`` waits
     until this rank's device is idle; ``arena_bytes`` is the most that landing buffers may take. ``stream()``
-    is the handle of the stream that computes. Raises RuntimeError if the driver lacks something.
+    is the handle of the stream that computes. ``has_kernels``: all ranks can run the fused products of
+    ``comm.fused``, which keeps in ``prepared`` what it has made. Raises RuntimeError if the driver lacks
+    something.
     """
 
     name = "nvlink"
     asynchronous = True
+    one_at_a_time = True
 
     def __init__(
         self,
@@ -107,15 +113,19 @@ class NvlinkTransport(Transport):
         quiesce: Callable[[], None],
         stream: Callable[[], int],
         arena_bytes: int,
+        has_kernels: bool = False,
         driver: str = DRIVER,
         epoch: int = 0,
     ) -> None:
         super().__init__(rank, world, timeout)
-        self._core = import_module("flashtrain._core")
+        self.has_kernels = has_kernels
+        self.prepared: dict[tuple[Any, ...], Any] = {}
+        self._counters: Tensor | None = None
+        self.core = import_module("flashtrain._core")
         self._plans: dict[tuple[int, int], Plan] = {}
         self._stream, self._quiesce = stream, quiesce
         self._tables = host_tables, device_table
-        self._engine: Any = self._core.CopyEngine(
+        self._engine: Any = self.core.CopyEngine(
             driver, rank, timeout, epoch, host_tables.data_ptr(), device_table.addresses
         )
 
@@ -145,8 +155,62 @@ class NvlinkTransport(Transport):
         if found is None:
             if len(self._plans) >= _PROGRAMS_KEPT:
                 self._plans.clear()
-            found = self._plans[key] = Plan(self._core, schedule, row_bytes)
+            found = self._plans[key] = Plan(self.core, schedule, row_bytes)
         return found
+
+    def start(self, product: Any, nbytes: int, given: list[int], site: str) -> int:
+        """Begin a fused product that lands ``nbytes`` at the most; returns its epoch. End it with ``finish``.
+
+        ``given``: the addresses that ``product`` (of flashtrain._core) takes. Raises TransportError if a peer
+        has failed, UserError if the landing buffer passes its budget.
+        """
+        self.arena.reserve(nbytes, site)
+        epoch: int = self.call(
+            self._engine.start, site, "fused product", product, site, self._stream(), given
+        )
+        return epoch
+
+    def finish(self, site: str) -> None:
+        """End the operation that ``start`` began, once its stream has nothing more to do with what landed."""
+        self.call(self._engine.close, site, "fused product")
+
+    def abandon(self) -> None:
+        """End it after an exception, on the peers too."""
+        self._engine.abort("an exception broke it off")
+
+    def counters(self, device: torch.device) -> Tensor:
+        """Words ``[flag_columns]`` for the kernels of this transport to count in; zero between operations."""
+        if self._counters is None:
+            self._counters = torch.zeros(self.core.flag_columns, dtype=torch.int32, device=device)
+        return self._counters
+
+    @property
+    def flags(self) -> int:
+        """Address of the words that say what has landed: ``[world, flag_columns]``, a row a source."""
+        address: int = self._engine.flags
+        return address
+
+    @property
+    def signals(self) -> int:
+        """Address of the words with which kernels say that a payload is ready, one a send."""
+        address: int = self._engine.signals
+        return address
+
+    @property
+    def stop_word(self) -> int:
+        """Address of a 32-bit word; once it is not zero, a peer has failed and flags may never come."""
+        address: int = self._engine.stop_word
+        return address
+
+    def call(self, function: Callable[..., Any], site: str, op: str, *arguments: Any) -> Any:
+        """Call into C++. Raises TransportError, which says where, for its RuntimeError."""
+        try:
+            return function(*arguments)
+        except RuntimeError as error:
+            text = str(error)
+            # The watchdog's messages say where; the driver's do not.
+            where = f"rank {self.rank}: {site or 'unnamed site'}: {op}: "
+            raise TransportError(text if text.startswith("rank ") else where + text) from None
 
     def trial(self, device: torch.device) -> None:
         """Gather a few bytes as an operation would. Raises RuntimeError if they do not arrive."""
@@ -186,12 +250,6 @@ class NvlinkExchange(Exchange):
         super().__init__(transport, schedule, site)
         self._engine = transport._engine
         self._plan: Plan | None = None
-        self._for_kernels = False
-        self.epoch = -1
-
-    def for_kernels(self) -> None:
-        """Raise flags that kernels can wait for, too. On all ranks or none, before the landing buffer."""
-        self._for_kernels = True
 
     def landing_buffer(self, like: Tensor, row_shape: tuple[int, ...]) -> Tensor:
         # Where the arena must grow, this waits until the devices of all ranks are idle.
@@ -199,11 +257,9 @@ class NvlinkExchange(Exchange):
         transport = self.transport
         plan = transport.plan(self.schedule, row_bytes)
         transport.arena.reserve(plan.nbytes, self.site)
-        self.epoch = self._call(
-            self._engine.open, plan.program, self.site, transport._stream(), self._for_kernels
-        )
+        epoch = self._call(self._engine.open, plan.program, self.site, transport._stream(), False)
         self._plan = plan
-        return transport.arena.view(self.epoch, like.dtype, (plan.rows, *row_shape))
+        return transport.arena.view(epoch, like.dtype, (plan.rows, *row_shape))
 
     def begin(self, payload: Callable[[Send], Tensor]) -> Collection[Send]:
         # Every own chunk to everyone in one call: the host leaves no gaps between the copies.
@@ -211,45 +267,6 @@ class NvlinkExchange(Exchange):
         if early:
             self._push(self._engine.push_early, {send: payload(send) for send in early})
         return early
-
-    def flag(self, expect: Expect) -> int:
-        """Address of a 32-bit word; ``expect`` has landed when it minus ``epoch``, signed, is >= 0.
-
-        It is raised only after ``for_kernels``. A kernel that waits for it must look at ``stop_word`` now and
-        then. Raises ValueError before the landing buffer was asked for.
-        """
-        address: int = self._engine.flag(self._opened().arrivals[expect])
-        return address
-
-    def signal(self, send: Send) -> int:
-        """Address of a 32-bit word that a kernel sets to ``epoch`` when the payload of ``send`` is ready.
-
-        Raises ValueError before the landing buffer was asked for.
-        """
-        address: int = self._engine.signal(self._opened().sends[send])
-        return address
-
-    @property
-    def stop_word(self) -> int:
-        """Address of a 32-bit word; once it is not zero, a peer has failed and flags may never come."""
-        address: int = self._engine.stop_word
-        return address
-
-    def kernel_waited(self) -> None:
-        """A kernel on the stream has waited for all arrivals, so the stream need not.
-
-        Raises TransportError if no operation is open.
-        """
-        self._call(self._engine.waited)
-
-    def push_signalled(self, sends: Mapping[Send, Tensor]) -> None:
-        """Push each send's payload ``[rows, ...]`` when its ``signal`` is set.
-
-        Launch the kernel that sets them before this call: where streams share one hardware queue
-        (CUDA_DEVICE_MAX_CONNECTIONS), it would stand behind the wait for it. Raises ValueError for a payload
-        that is not the chunk's rows, TransportError if an operation has failed.
-        """
-        self._push(self._engine.push_signalled, sends)
 
     def _opened(self) -> Plan:
         if self._plan is None:
@@ -290,13 +307,7 @@ class NvlinkExchange(Exchange):
             self._engine.abort("an exception broke it off")
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
-        try:
-            return function(*arguments)
-        except RuntimeError as error:
-            text = str(error)
-            where = f"rank {self.transport.rank}: {self.site or 'unnamed site'}: {self.schedule.op}"
-            # The watchdog's messages say where; the driver's do not.
-            raise TransportError(text if text.startswith("rank ") else f"{where}: {text}") from None
+        return self.transport.call(function, self.site, self.schedule.op, *arguments)
 
 
 def connect(
@@ -331,6 +342,11 @@ def connect(
     why_not = symmetric.refusal(exchange(facts))
     if why_not:
         return None, why_not
+    kernels = exchange(_without_kernels(device))
+    for rank, reason in enumerate(kernels):
+        if reason:
+            log.info("products and transfers of this group are not fused: rank %d: %s", rank, reason)
+            break
     core, world = import_module("flashtrain._core"), group.size()
     table, transport, failure = None, None, ""
     with SharedPages(world * core.flag_table_words(world), group.rank(), exchange) as pages:
@@ -356,6 +372,7 @@ def connect(
             # What torch.cuda.current_stream asks, without the object that it makes of the answer.
             stream=lambda: torch._C._cuda_getCurrentRawStream(device.index),
             arena_bytes=arena_bytes,
+            has_kernels=not any(kernels),
         )
     except RuntimeError as error:
         failure = _first_line(error)
@@ -370,6 +387,17 @@ def connect(
         transport.shutdown()
         transport = None
     return transport, why_not
+
+
+def _without_kernels(device: torch.device) -> str:
+    """Why the fused products cannot run on this rank, or nothing."""
+    if torch.cuda.get_device_capability(device)[0] != 9:
+        return f"{torch.cuda.get_device_name(device)} is no Hopper GPU"
+    try:
+        import_module("flashtrain.kernels.overlapped_matmul.prepared")
+    except ImportError as error:
+        return _first_line(error)
+    return ""
 
 
 def _first_line(error: Exception) -> str:

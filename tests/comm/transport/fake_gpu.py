@@ -240,5 +240,62 @@ class Operation:
                 assert torch.equal(found, wanted), (schedule.op, self.salt, self.rank, expect)
 
 
+class Fused:
+    """Operations of one schedule whose kernel copies: see ``relay`` in the fake driver."""
+
+    def __init__(self, transport: NvlinkTransport, stream: Stream, schedule: Schedule) -> None:
+        self.transport, self.stream, self.schedule = transport, stream, schedule
+        core, parameter = transport.core, transport.core.Parameter
+        self.messages = transport.plan(schedule, 12)
+        self.leaving_rows = schedule.own_rows if schedule.gathers else slice(0, schedule.rows)
+        leaving_bytes = 12 * (self.leaving_rows.stop - self.leaving_rows.start)
+        numbers = {
+            "epoch": 0, "rank": schedule.rank, "world": schedule.world, "subchunks": schedule.subchunks,
+            "sends": 0 if schedule.gathers else len(self.messages.sends),
+            "leaving_bytes": 0 if schedule.gathers else leaving_bytes,
+            "landing_bytes": self.messages.rows * 12, "columns": core.flag_columns,
+        }  # fmt: skip
+        pointers = {"source": 0, "leaving": 0, "seen": 0, "signals": transport.signals,
+                    "flags": transport.flags, "stop": transport.stop_word}  # fmt: skip
+        self.launch = core.Launch(
+            core.Kernel(driver(), b"", "relay", 0, 32),
+            [
+                parameter.matrix("landing", self.messages.rows, 3, 3, 4, 7, 0, [3, 1]),
+                *(parameter.pointer(name, False) for name in pointers),
+                *(parameter.number(name) for name in numbers),
+            ],
+        )
+        if not self.messages.sends:
+            return
+        first = self.leaving_rows.start
+        self.product = core.FusedProduct(
+            program=self.messages.program, launch=self.launch, blocks=1,
+            values=[0, *pointers.values(), *numbers.values()], places=[[1], [2], [3]],
+            landing=[0], epoch=[7], source=1, early=schedule.gathers,
+            offsets=[12 * (schedule.chunks[send.chunk].offset - first) for send in self.messages.sends],
+        )  # fmt: skip
+
+    def start(self, salt: int) -> Callable[[], None]:
+        """Run it once; the result checks what has landed when the stream has been synchronised."""
+        schedule, rank = self.schedule, self.schedule.rank
+        source = torch.cat([contribution(schedule, rank, c, salt) for c in range(len(schedule.chunks))])
+        source = source[self.leaving_rows].contiguous()
+        leaving = source.clone() if schedule.gathers else torch.zeros_like(source)
+        seen = torch.zeros(self.messages.rows, 3, dtype=torch.int32)
+        _mapped.append((source, leaving, seen, self))
+        given = [source.data_ptr(), leaving.data_ptr(), seen.data_ptr()]
+        self.transport.start(self.product, self.messages.nbytes, given, f"site {salt}")
+        self.transport.finish(f"site {salt}")
+        self.stream.copy(leaving, torch.full_like(leaving, -1))  # its next owner
+
+        def check() -> None:
+            for expect in (expect for step in schedule.steps for expect in step.expects):
+                peer = schedule.chunks[expect.chunk].owner if schedule.gathers else expect.src
+                found = seen[self.messages.landing.span(rank, expect.chunk, expect.slot)]
+                assert torch.equal(found, contribution(schedule, peer, expect.chunk, salt)), (salt, expect)
+
+        return check
+
+
 def random_rows(choice: random.Random, world: int) -> tuple[int, ...]:
     return tuple(choice.choice((0, 1, 7, 64, 300)) for _ in range(world))

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashtrain.comm import ops, transport
+from flashtrain.comm import chunked, ops, transport
 from flashtrain.comm.schedule import split_rows
 from flashtrain.comm.transport.group import GroupTransport
 from flashtrain.comm.transport.nvlink import NvlinkTransport
@@ -31,7 +31,7 @@ def start(rank: int, **settings: Any) -> tuple[str, str]:
     over_nvlink, over_nccl = dist.new_group(), dist.new_group(backend="nccl")
     device = torch.device("cuda", rank)
     assert isinstance(transport.of(over_nvlink.group_name, device), NvlinkTransport)
-    transport._transports[over_nccl.group_name, "cuda"] = GroupTransport(over_nccl, 30.0)
+    transport.assign(over_nccl.group_name, "cuda", GroupTransport(over_nccl, 30.0))
     return over_nvlink.group_name, over_nccl.group_name
 
 
@@ -91,7 +91,7 @@ def replayed(
         at = 0
         for size in split_rows(counts[owner], subchunks):
             begin = offsets[owner] + at
-            ops._product(source[at : at + size], w, y[begin : begin + size])
+            chunked.product(source[at : at + size], w, y[begin : begin + size])
             at += size
     slots = torch.empty(world, counts[rank], outputs, dtype=dtype, device="cuda")
     for source in range(world):
@@ -101,16 +101,71 @@ def replayed(
         for size in split_rows(counts[rank], subchunks):
             begin = offsets[rank] + at
             out = torch.empty(rows, outputs, dtype=dtype, device="cuda")[begin : begin + size]
-            ops._product(x[begin : begin + size], w, out if source != rank else slots[rank, at : at + size])
+            chunked.product(
+                x[begin : begin + size], w, out if source != rank else slots[rank, at : at + size]
+            )
             if source != rank:
                 slots[source, at : at + size] = out
             at += size
     return {"y False": y, "row y": ordered_sum(slots)}
 
 
+def fused_bits(rank: int, world: int, subchunks: int) -> int:
+    """Compare the fused products with the same kernel on whole operands; the number of comparisons."""
+    from flashtrain.kernels.overlapped_matmul.triton import matmul
+
+    def product(x: Tensor, w: Tensor) -> Tensor:
+        out = torch.full((x.shape[0], w.shape[0]), float("nan"), dtype=x.dtype, device="cuda")
+        matmul(x, w, out)
+        return out
+
+    group, _ = start(rank, subchunks=subchunks)
+    compared = 0
+    for dtype in DTYPES[:2]:
+        for rows, inputs, outputs in SHAPES[:4]:
+            counts = split_rows(rows, world)
+            own = slice(sum(counts[:rank]), sum(counts[: rank + 1]))
+
+            def gathered(seed: int, width: int, counts: Any = counts, dtype: Any = dtype) -> Tensor:
+                return torch.cat([draw(seed + c, counts[c], width, dtype=dtype) for c in range(world)])
+
+            partials = [
+                product(draw(30 + c, rows, inputs, dtype=dtype), draw(40 + c, outputs, inputs, dtype=dtype))
+                for c in range(world)
+            ]
+            gradients = [
+                chunked_product(
+                    draw(20 + c, rows, outputs, dtype=dtype), draw(10 + c, outputs, inputs, dtype=dtype).t()
+                )
+                for c in range(world)
+            ]
+            x, dy = gathered(0, inputs), gathered(50, outputs)
+            wanted = {
+                "y": product(x, draw(10 + rank, outputs, inputs, dtype=dtype)),
+                "x_full": x,
+                "dx": ordered_sum(torch.stack([partial[own] for partial in gradients])),
+                "row y": ordered_sum(torch.stack([partial[own] for partial in partials])),
+                "row dx": product(dy, draw(40 + rank, outputs, inputs, dtype=dtype).t()),
+            }
+            for _ in range(2):
+                found = both_layers(group, rank, world, (rows, inputs, outputs), dtype)
+                for name, expected in wanted.items():
+                    for key in (name,) if name in found else (f"{name} False", f"{name} True"):
+                        assert torch.equal(found[key], expected), (key, dtype, rows, subchunks)
+                        compared += 1
+    stop()
+    return compared
+
+
+def chunked_product(x: Tensor, w: Tensor) -> Tensor:
+    out = torch.empty(x.shape[0], w.shape[0], dtype=x.dtype, device="cuda")
+    chunked.product(x, w, out)
+    return out
+
+
 def bits(rank: int, world: int, kind: str, subchunks: int) -> int:
     """Compare nvlink with NCCL and with the replay; the number of comparisons."""
-    nvlink, nccl = start(rank, kind=kind, subchunks=subchunks)
+    nvlink, nccl = start(rank, kind=kind, subchunks=subchunks, fused=False)
     compared = 0
     for dtype in DTYPES:
         for shape in SHAPES:

@@ -23,6 +23,14 @@ def test_bits_equal_those_over_nccl_and_of_the_replayed_schedule(
 
 
 @pytest.mark.parametrize("world", WORLDS)
+@pytest.mark.parametrize("subchunks", [1, 3])
+def test_bits_of_fused_products_are_those_of_their_kernel_on_whole_operands(
+    world: int, subchunks: int
+) -> None:
+    assert min(run_distributed(gpu_ranks.fused_bits, world, subchunks, timeout=150)) > 60
+
+
+@pytest.mark.parametrize("world", WORLDS)
 @pytest.mark.parametrize(("operations", "connections"), [(2000, "8"), (300, "1"), (300, "32")])
 def test_operations_back_to_back_with_random_delays(world: int, operations: int, connections: str) -> None:
     for result in run_distributed(gpu_ranks.stress, world, operations, connections, timeout=150):

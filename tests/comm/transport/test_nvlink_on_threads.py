@@ -13,11 +13,11 @@ import torch
 from flashtrain.comm.schedule import Schedule, all_gather, all_to_all, reduce_scatter
 from flashtrain.comm.transport.arena import Arena
 from flashtrain.comm.transport.base import Exchange
-from flashtrain.comm.transport.nvlink import NvlinkExchange, NvlinkTransport
+from flashtrain.comm.transport.nvlink import NvlinkTransport
 from flashtrain.comm.transport.symmetric import SymmetricBuffer
 from flashtrain.errors import TransportError, UserError
 from tests.comm.transport import fake_gpu
-from tests.comm.transport.fake_gpu import Operation, Ranks, Stream, contribution, random_rows
+from tests.comm.transport.fake_gpu import Fused, Operation, Ranks, Stream, contribution, random_rows
 
 pytest.importorskip("flashtrain._core", reason="the C++ extension is not built")
 
@@ -136,39 +136,51 @@ def test_two_groups_at_once() -> None:
     Ranks(3).run(main)
 
 
-def test_pushes_that_a_kernel_signals() -> None:
-    rows = (60, 60)
+@pytest.mark.parametrize("world", [2, 3])
+def test_kernels_that_wait_for_arrivals_and_signal_what_leaves(world: int) -> None:
+    """Gathers and scatters in turn, hundreds in flight, each one call; ranks come late now and then."""
+    rows = tuple(range(60, 60 + world))
 
+    def main(rank: int, ranks: Ranks) -> None:
+        stream, delays = Stream(), random.Random(rank)
+        transport = ranks.connect(rank, stream)
+        transport.arena.reserve(1 << 20, "at the start")
+        fused = [
+            Fused(transport, stream, build(rows, rank, subchunks=subchunks))
+            for build, subchunks in product((all_gather, reduce_scatter), (1, 3))
+        ]
+        started = []
+        for salt in range(120):
+            if delays.random() < 0.15:
+                stream.sleep(delays.randrange(2000))
+            started.append(fused[salt * 7 % 4].start(salt))
+        stream.synchronize()
+        for check in started:
+            check()
+        transport.check()
+
+    Ranks(world).run(main)
+
+
+def test_a_launch_refuses_what_the_kernel_does_not_take() -> None:
     def main(rank: int, ranks: Ranks) -> None:
         stream = Stream()
         transport = ranks.connect(rank, stream)
-        for salt in range(20):
-            schedule = reduce_scatter(rows, rank, subchunks=3)
-            sends = [send for step in schedule.steps for send in step.sends]
-            expects = [expect for step in schedule.steps for expect in step.expects]
-            own = {send: contribution(schedule, rank, send.chunk, salt) for send in sends}
-            leaving = {send: torch.zeros_like(own[send]) for send in sends}
-            seen = torch.zeros(120, 3, dtype=torch.int32)
-            with transport.open(schedule, "signals") as exchange:
-                assert isinstance(exchange, NvlinkExchange)
-                exchange.for_kernels()
-                landed = exchange.landing_buffer(seen, (3,))
-                for send in sends:
-                    stream.copy(leaving[send], own[send])
-                    stream.write(exchange.signal(send), exchange.epoch)
-                exchange.push_signalled(leaving)
-                for expect in expects:
-                    stream.await_word(exchange.flag(expect), exchange.epoch)
-                    stream.await_word(exchange.stop_word, 0)
-                exchange.kernel_waited()
-                stream.copy(seen, landed)
-            stream.synchronize()
-            for expect in expects:
-                offset = schedule.chunks[expect.chunk].offset - 60 * rank + 60 * expect.slot
-                wanted = contribution(schedule, expect.src, expect.chunk, salt)
-                assert torch.equal(seen[offset : offset + 20], wanted)
+        core = transport.core
+        kernel = core.Kernel(fake_gpu.driver(), b"", "relay", 0, 32)
+        with pytest.raises(
+            RuntimeError, match=r"parameters of 128, 4, 4, 8, 8, .* bytes where 8, 8, 8 were expected"
+        ):
+            core.Launch(kernel, [core.Parameter.pointer("x", False)])
+        with pytest.raises(RuntimeError, match="cuModuleGetFunction"):
+            core.Kernel(fake_gpu.driver(), b"", "another", 0, 32)
+        operation = Fused(transport, stream, all_gather((64,), 0))
+        with pytest.raises(ValueError, match="landing starts at an address that is no multiple of 16 bytes"):
+            operation.launch.start(1, stream.handle, [8] * 15)
+        with pytest.raises(ValueError, match="one value a parameter"):
+            operation.launch.start(1, stream.handle, [16])
 
-    Ranks(2).run(main)
+    Ranks(1).run(main)
 
 
 def test_the_arena_grows_when_nothing_moves_and_keeps_its_size_otherwise() -> None:

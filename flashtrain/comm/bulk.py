@@ -1,0 +1,83 @@
+"""Collectives that run under whole products: everything leaves at once, and is waited for later.
+
+Where a product does not depend on what travels, cutting it up gains nothing and costs waves of tiles. The
+backward pass of a column-parallel product is such a place: the gather of its input hides under the product
+for the input's gradient, whose reduce-scatter hides under the product for the weight's.
+"""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+from flashtrain.comm import transport
+from flashtrain.comm.schedule import Schedule
+from flashtrain.comm.transport.base import Exchange
+from flashtrain.comm.transport.landing import Landing
+from flashtrain.kernels.ordered_sum import choice
+
+# A gather that is under way while a scatter begins needs a transport of its own.
+GATHERS, SCATTERS = 1, 0
+
+
+@contextmanager
+def gathering(plan: Schedule, x_shard: Tensor, group: str, site: str) -> Iterator[Callable[[], Tensor]]:
+    """Send the own rows to everyone; the function waits for theirs and gives ``x_full [M, ...]``.
+
+    ``plan`` is direct. The gathered rows are there until the block ends. Raises TransportError if a peer
+    fails.
+    """
+    x_shard = x_shard.contiguous()
+    mover, own = transport.of(group, x_shard.device, GATHERS), plan.own_rows
+    with mover.open(plan, site) as exchange:
+        landed = exchange.landing_buffer(x_shard, x_shard.shape[1:])
+
+        def payload(chunk: int) -> Tensor:
+            rows = plan.rows_in(chunk)
+            return x_shard[rows.start - own.start : rows.stop - own.start]
+
+        begun = exchange.begin(lambda send: payload(send.chunk))
+        for index, step in enumerate(plan.steps):
+            leaving = {send: payload(send.chunk) for send in step.sends if send not in begun}
+            arriving = {} if exchange.borrowed else {e: landed[plan.rows_in(e.chunk)] for e in step.expects}
+            exchange.transfer(index, leaving, arriving)
+        landed[own] = x_shard
+
+        def gathered() -> Tensor:
+            _wait(exchange, plan)
+            return landed
+
+        yield gathered
+
+
+@contextmanager
+def scattering(
+    plan: Schedule, partials: Tensor, group: str, site: str, scale: float = 1.0
+) -> Iterator[Callable[[], Tensor]]:
+    """Send ``partials [M, N]`` to their owners; the function gives the sum of the own rows ``[M/W, N]``.
+
+    ``plan`` is direct. Added in rank order in fp32, times ``scale``. Raises TransportError if a peer fails.
+    """
+    mover, own, layout = transport.of(group, partials.device, SCATTERS), plan.own_rows, Landing(plan)
+    with mover.open(plan, site) as exchange:
+        slots = exchange.landing_buffer(partials, partials.shape[1:])
+        for index, step in enumerate(plan.steps):
+            leaving = {send: partials[plan.rows_in(send.chunk)] for send in step.sends}
+            arriving = {e: slots[layout.span(plan.rank, e.chunk, e.slot)] for e in step.expects}
+            if exchange.borrowed:
+                arriving = {}
+            exchange.transfer(index, leaving, arriving)
+        slots = slots.view(plan.world, own.stop - own.start, *partials.shape[1:])
+        slots[plan.rank] = partials[own]
+
+        def scattered() -> Tensor:
+            _wait(exchange, plan)
+            return choice.ordered_sum(slots, scale)
+
+        yield scattered
+
+
+def _wait(exchange: Exchange, plan: Schedule) -> None:
+    for index, step in enumerate(plan.steps):
+        for expect in step.expects:
+            exchange.wait(index, expect)
