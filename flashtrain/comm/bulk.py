@@ -11,6 +11,7 @@ from contextlib import contextmanager
 from torch import Tensor
 
 from flashtrain.comm import transport
+from flashtrain.comm.chunked import Landed, product
 from flashtrain.comm.schedule import Schedule
 from flashtrain.comm.transport.base import Exchange
 from flashtrain.comm.transport.landing import Landing
@@ -81,3 +82,34 @@ def _wait(exchange: Exchange, plan: Schedule) -> None:
     for index, step in enumerate(plan.steps):
         for expect in step.expects:
             exchange.wait(index, expect)
+
+
+class WholeGather:
+    """``y [M, N] = AG(x_shard [M/W, K]) · w [N, K]ᵀ``: everything gathered, then one product."""
+
+    def __init__(self, plan: Schedule, group: str) -> None:
+        self.plan, self.group = plan, group
+
+    def __call__(self, x_shard: Tensor, w: Tensor, site: str, landed: Landed | None = None) -> Tensor:
+        """``y [M, N]``. Raises TransportError if a peer fails."""
+        y = x_shard.new_empty(self.plan.rows, w.shape[0])
+        with gathering(self.plan, x_shard, self.group, site) as gathered:
+            x_full = gathered()
+            product(x_full, w, y)
+            if landed is not None:
+                landed(x_full, False)
+        return y
+
+
+class WholeScatter:
+    """``RS(x [M, K] · w [N, K]ᵀ)``, the own rows ``[M/W, N]``: one product, then everything is sent."""
+
+    def __init__(self, plan: Schedule, group: str) -> None:
+        self.plan, self.group = plan, group
+
+    def __call__(self, x: Tensor, w: Tensor, site: str) -> Tensor:
+        """The own rows ``[M/W, N]``. Raises TransportError if a peer fails."""
+        partials = x.new_empty(self.plan.rows, w.shape[0])
+        product(x, w, partials)
+        with scattering(self.plan, partials, self.group, site) as scattered:
+            return scattered()

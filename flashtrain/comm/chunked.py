@@ -12,6 +12,10 @@ from flashtrain.comm.transport.base import Exchange, clock
 from flashtrain.comm.transport.landing import Landing
 from flashtrain.kernels.ordered_sum import choice
 
+# Takes the gathered rows ``[M, K]``, and whether they may be kept; else they are gone when it returns, and
+# what reads them must be on the stream by then.
+Landed = Callable[[Tensor, bool], None]
+
 # A chunk's bits must not depend on how many rows share its product, but libraries choose their kernel, and
 # with it the order of additions, by size: MKL below 4 rows or 12 columns, torch below 16³ multiplications
 # (which decides between its own low-precision kernel and oneDNN's). Filler rows and columns keep small
@@ -151,3 +155,39 @@ def reduce(
     )
     mover.traffic.operating += clock() - started
     return total
+
+
+class ChunkedGather:
+    """``y [M, N] = AG(x_shard [M/W, K]) · w [N, K]ᵀ``, a product a chunk."""
+
+    def __init__(self, plan: Schedule, group: str) -> None:
+        self.plan, self.group = plan, group
+
+    def __call__(self, x_shard: Tensor, w: Tensor, site: str, landed: Landed | None = None) -> Tensor:
+        """``y [M, N]``. Raises TransportError if a peer fails."""
+        y = x_shard.new_empty(self.plan.rows, w.shape[0])
+
+        def compute(chunk: int, gathered: Gathered) -> None:
+            rows = self.plan.rows_in(chunk)
+            product(gathered.rows(rows), w, y[rows])
+
+        keep = landed is not None
+        x_full = gather(self.plan, x_shard, self.group, site, compute, keep=keep)
+        if landed is not None:
+            landed(x_full, True)
+        return y
+
+
+class ChunkedScatter:
+    """``RS(x [M, K] · w [N, K]ᵀ)``, the own rows ``[M/W, N]``, a product a chunk."""
+
+    def __init__(self, plan: Schedule, group: str) -> None:
+        self.plan, self.group = plan, group
+
+    def __call__(self, x: Tensor, w: Tensor, site: str) -> Tensor:
+        """The own rows ``[M/W, N]``. Raises TransportError if a peer fails."""
+
+        def partial(chunk: int, out: Tensor) -> None:
+            product(x[self.plan.rows_in(chunk)], w, out)
+
+        return reduce(self.plan, x, w.shape[0], self.group, site, partial)

@@ -9,8 +9,7 @@ For W ranks of ``group`` with M rows in all (rank c holds the rows ``tensor_spli
       its backward           dx [M, K/W]      = AG(dy_shard) · w_shard        row_gradients: the gather
                              dw_shard [N, K/W] = AG(dy_shard)ᵀ · x            of dx serves dw as well
 
-On nvlink and Hopper GPUs a forward product and its transfers are one kernel (``fused``), elsewhere one
-product a chunk (``chunked``).
+In which way a product is computed is chosen once for its shapes (``products``).
 
 Partials are rounded once to the dtype of the operands, added in rank order in fp32 and rounded once
 more, so in fp32, bf16 and fp16 the bits depend on nothing but shapes, dtype and W: not on the
@@ -25,41 +24,13 @@ from contextlib import ExitStack
 
 import torch
 from torch import Tensor
+from torch.nn import Parameter
+from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from flashtrain.comm import bulk, chunked, fused, groups, schedule, transport
-from flashtrain.comm.schedule import Schedule, split_rows
+from flashtrain.comm import bulk, chunked, groups, transport
+from flashtrain.comm.products import gather_way, plan_of, rows_per_rank, scatter_way
+from flashtrain.comm.schedule import split_rows
 from flashtrain.comm.transport.base import clock
-from flashtrain.errors import UserError
-
-
-def _rows_per_rank(shard: Tensor, group: str, rows: int | None) -> tuple[int, ...]:
-    """How many rows each rank holds; raises UserError if the local shard does not fit."""
-    process_group = groups.resolve(group)
-    world, rank = process_group.size(), process_group.rank()
-    counts = split_rows(world * shard.shape[0] if rows is None else rows, world)
-    if counts[rank] != shard.shape[0]:
-        raise UserError(
-            f"rank {rank} of {world} holds {shard.shape[0]} rows, but its share of {rows} rows is "
-            f"{counts[rank]}; shard with torch.tensor_split and pass rows="
-        )
-    return counts
-
-
-def _check_operands(x: Tensor, w: Tensor) -> None:
-    if x.dim() != 2 or w.dim() != 2 or x.shape[1] != w.shape[1]:
-        raise UserError(
-            f"operands {list(x.shape)} and {list(w.shape)} do not multiply: both must be matrices, "
-            "[rows, K] and [columns, K]"
-        )
-    if x.dtype != w.dtype:
-        raise UserError(f"operands have dtypes {x.dtype} and {w.dtype}; cast one to the other")
-
-
-def _plan(op: str, counts: tuple[int, ...], group: str) -> Schedule:
-    chosen = transport.settings()
-    build = schedule.all_gather if op == "all_gather" else schedule.reduce_scatter
-    return build(counts, groups.resolve(group).rank(), kind=chosen.kind, subchunks=chosen.subchunks)
-
 
 _TAGS = (torch.Tag.needs_fixed_stride_order,)
 
@@ -72,7 +43,7 @@ def all_gather(x_shard: Tensor, group: str, site: str = "", rows: int | None = N
     its own heads). A consumer that does the same on every rank would count its gradient W times.
     Raises UserError if the shard does not fit ``rows``, TransportError if a peer fails.
     """
-    plan = _plan("all_gather", _rows_per_rank(x_shard, group, rows), group)
+    plan = plan_of("all_gather", rows_per_rank(x_shard, group, rows), group)
     return chunked.gather(plan, x_shard, group, site)
 
 
@@ -82,7 +53,7 @@ def all_gather_into(out: Tensor, x_shard: Tensor, group: str, site: str = "") ->
     ``x_shard [M/W, ...]``; not differentiable. Raises UserError if the shard does not fit M, TransportError
     if a peer fails.
     """
-    plan = _plan("all_gather", _rows_per_rank(x_shard, group, out.shape[0]), group)
+    plan = plan_of("all_gather", rows_per_rank(x_shard, group, out.shape[0]), group)
     if plan.kind == "direct":
         with bulk.gathering(plan, x_shard, group, site) as gathered:
             out.copy_(gathered())
@@ -98,7 +69,7 @@ def reduce_scatter(x: Tensor, group: str, site: str = "", scale: float = 1.0) ->
     all-gather. Raises TransportError if a peer fails.
     """
     world = groups.resolve(group).size()
-    plan = _plan("reduce_scatter", split_rows(x.shape[0], world), group)
+    plan = plan_of("reduce_scatter", split_rows(x.shape[0], world), group)
     x = x.contiguous()
     if plan.kind == "direct":
         with bulk.scattering(plan, x, group, site, scale) as scattered:
@@ -112,7 +83,6 @@ def reduce_scatter(x: Tensor, group: str, site: str = "", scale: float = 1.0) ->
     return own.reshape(own.shape[0], *x.shape[1:])
 
 
-@torch.library.custom_op("flashtrain::all_gather_matmul", mutates_args=(), tags=_TAGS)
 def all_gather_matmul(
     x_shard: Tensor,
     w_shard: Tensor,
@@ -129,54 +99,77 @@ def all_gather_matmul(
     ``[0, K]``, unless it is kept; a transport that lends its memory then saves a copy. Raises UserError for
     operands that do not multiply or a shard that does not fit ``rows``, TransportError if a peer fails.
     """
-    _check_operands(x_shard, w_shard)
-    plan = _plan("all_gather", _rows_per_rank(x_shard, group, rows), group)
-    y = x_shard.new_empty(plan.rows, w_shard.shape[0])
-
-    return y, _gather_product(plan, x_shard, w_shard, y, group, site, keep_gather or return_gather)
-
-
-def _gather_product(
-    plan: Schedule, x_shard: Tensor, w: Tensor, y: Tensor, group: str, site: str, keep: bool
-) -> Tensor:
-    """``y = AG(x_shard) · wᵀ``; returns the gathered rows, or none without ``keep``."""
-    mover = transport.of(group, x_shard.device)
-    if not fused.fits(mover, plan, x_shard, w):
-
-        def compute(chunk: int, gathered: chunked.Gathered) -> None:
-            rows = plan.rows_in(chunk)
-            chunked.product(gathered.rows(rows), w, y[rows])
-
-        return chunked.gather(plan, x_shard, group, site, compute, keep=keep)
-    x_full = x_shard.new_empty(plan.rows if keep else 0, x_shard.shape[1])
-
-    def landed(gathered: Tensor) -> None:
-        x_full.copy_(gathered)
-        x_full[plan.own_rows] = x_shard
-
-    fused.gather_matmul(mover, plan, x_shard, w, y, site, landed=landed if keep else None)
-    return x_full
+    arguments = (x_shard, w_shard, group, site, rows, keep_gather, return_gather)
+    if _watched(x_shard, w_shard):
+        return _registered_gather(*arguments)
+    if torch.is_grad_enabled() and (x_shard.requires_grad or w_shard.requires_grad):
+        return _GatherFunction.apply(*arguments)
+    return _all_gather_matmul(*arguments)
 
 
-@torch.library.custom_op("flashtrain::matmul_reduce_scatter", mutates_args=(), tags=_TAGS)
 def matmul_reduce_scatter(x: Tensor, w_shard: Tensor, group: str, site: str = "") -> Tensor:
     """``y_shard [M/W, N] = RS(x [M, K/W] · w_shard [N, K/W]ᵀ)``.
 
     The partial of each other rank's rows is sent as soon as it is computed; the own rows come last.
     Raises UserError for operands that do not multiply, TransportError if a peer fails.
     """
-    _check_operands(x, w_shard)
-    world = groups.resolve(group).size()
-    plan = _plan("reduce_scatter", split_rows(x.shape[0], world), group)
+    if _watched(x, w_shard):
+        return _registered_scatter(x, w_shard, group, site)
+    if torch.is_grad_enabled() and (x.requires_grad or w_shard.requires_grad):
+        return _ScatterFunction.apply(x, w_shard, group, site)
+    return _matmul_reduce_scatter(x, w_shard, group, site)
 
-    mover = transport.of(group, x.device)
-    if fused.fits(mover, plan, x, w_shard):
-        return fused.matmul_scatter(mover, plan, x, w_shard, site)
 
-    def partial(chunk: int, out: Tensor) -> None:
-        chunked.product(x[plan.rows_in(chunk)], w_shard, out)
+def _watched(*operands: Tensor) -> bool:
+    """Whether anything but autograd wants to see the operator: compilers, tracers, modes, subclasses.
 
-    return chunked.reduce(plan, x, w_shard.shape[0], group, site, partial)
+    The dispatcher costs as much host time as all of a small product's launches together.
+    """
+    return (
+        torch.compiler.is_compiling()
+        or _get_current_dispatch_mode() is not None
+        or torch._C._functorch.peek_interpreter_stack() is not None
+        or any(type(operand) not in (Tensor, Parameter) or operand.is_meta for operand in operands)
+    )
+
+
+def _all_gather_matmul(
+    x_shard: Tensor,
+    w_shard: Tensor,
+    group: str,
+    site: str,
+    rows: int | None,
+    keep_gather: bool,
+    return_gather: bool,
+) -> tuple[Tensor, Tensor]:
+    way = gather_way(x_shard, w_shard, group, rows, site)
+    if not (keep_gather or return_gather):
+        return way(x_shard, w_shard, site), x_shard.new_empty(0, x_shard.shape[1])
+    kept: list[Tensor] = []
+    y = way(x_shard, w_shard, site, lambda x_full, own: kept.append(x_full if own else x_full.clone()))
+    return y, kept[0]
+
+
+def _matmul_reduce_scatter(x: Tensor, w_shard: Tensor, group: str, site: str) -> Tensor:
+    return scatter_way(x, w_shard, group, site)(x, w_shard, site)
+
+
+@torch.library.custom_op("flashtrain::all_gather_matmul", mutates_args=(), tags=_TAGS)
+def _registered_gather(
+    x_shard: Tensor,
+    w_shard: Tensor,
+    group: str,
+    site: str = "",
+    rows: int | None = None,
+    keep_gather: bool = False,
+    return_gather: bool = True,
+) -> tuple[Tensor, Tensor]:
+    return _all_gather_matmul(x_shard, w_shard, group, site, rows, keep_gather, return_gather)
+
+
+@torch.library.custom_op("flashtrain::matmul_reduce_scatter", mutates_args=(), tags=_TAGS)
+def _registered_scatter(x: Tensor, w_shard: Tensor, group: str, site: str = "") -> Tensor:
+    return _matmul_reduce_scatter(x, w_shard, group, site)
 
 
 @torch.library.custom_op("flashtrain::column_gradients", mutates_args=(), tags=_TAGS)
@@ -190,7 +183,7 @@ def column_gradients(
     shard does not fit M, TransportError if a peer fails.
     """
     started, mover = clock(), transport.of(group, dy.device)
-    scatter = _plan("reduce_scatter", split_rows(dy.shape[0], groups.resolve(group).size()), group)
+    scatter = plan_of("reduce_scatter", split_rows(dy.shape[0], groups.resolve(group).size()), group)
     if scatter.kind == "ring":
         # What passes from rank to rank cannot all leave at once.
         x = x if gathered else all_gather(x, group, site, dy.shape[0])
@@ -198,7 +191,7 @@ def column_gradients(
     with ExitStack() as under_way:
         wait = lambda: x  # noqa: E731
         if not gathered:
-            gather = _plan("all_gather", _rows_per_rank(x, group, dy.shape[0]), group)
+            gather = plan_of("all_gather", rows_per_rank(x, group, dy.shape[0]), group)
             wait = under_way.enter_context(bulk.gathering(gather, x, group, site))
         computing = clock()
         partials = dy.new_empty(dy.shape[0], w_shard.shape[1])
@@ -222,19 +215,13 @@ def row_gradients(
     ``dy_shard [M/W, N]``, ``x [M, K]``, ``w_shard [N, K]``; gathered once for both. Raises UserError if the
     shard does not fit M, TransportError if a peer fails.
     """
-    plan = _plan("all_gather", _rows_per_rank(dy_shard, group, x.shape[0]), group)
-    mover, dx = transport.of(group, x.device), torch.empty_like(x)
-    if not fused.fits(mover, plan, dy_shard, w_shard.t()):
-        dy = _gather_product(plan, dy_shard, w_shard.t(), dx, group, site, keep=True)
-        return dx, torch.mm(dy.t(), x)
     dw = torch.empty_like(w_shard)
 
-    def landed(dy: Tensor) -> None:
-        dy[plan.own_rows] = dy_shard
+    def landed(dy: Tensor, _: bool) -> None:
         torch.mm(dy.t(), x, out=dw)
 
-    fused.gather_matmul(mover, plan, dy_shard, w_shard.t(), dx, site, landed=landed)
-    return dx, dw
+    way = gather_way(dy_shard, w_shard.t(), group, x.shape[0], site)
+    return way(dy_shard, w_shard.t(), site, landed), dw
 
 
 # Fakes: what torch.compile, meta tensors and opcheck see. Shapes are those of the real ops.
@@ -250,7 +237,7 @@ def _(x: Tensor, group: str, site: str = "", scale: float = 1.0) -> Tensor:
     return x.new_empty(_own_rows(x, group), *x.shape[1:])
 
 
-@all_gather_matmul.register_fake
+@_registered_gather.register_fake
 def _(
     x_shard: Tensor,
     w_shard: Tensor,
@@ -265,7 +252,7 @@ def _(
     return x_shard.new_empty(gathered, w_shard.shape[0]), x_shard.new_empty(kept, x_shard.shape[1])
 
 
-@matmul_reduce_scatter.register_fake
+@_registered_scatter.register_fake
 def _(x: Tensor, w_shard: Tensor, group: str, site: str = "") -> Tensor:
     return x.new_empty(_own_rows(x, group), w_shard.shape[0])
 
@@ -356,10 +343,22 @@ def _matmul_reduce_scatter_backward(ctx, dy_shard: Tensor):  # type: ignore[no-u
 
 all_gather.register_autograd(_all_gather_backward, setup_context=_all_gather_context)
 reduce_scatter.register_autograd(_reduce_scatter_backward, setup_context=_reduce_scatter_context)
-all_gather_matmul.register_autograd(_all_gather_matmul_backward, setup_context=_all_gather_matmul_context)
-matmul_reduce_scatter.register_autograd(
+_registered_gather.register_autograd(_all_gather_matmul_backward, setup_context=_all_gather_matmul_context)
+_registered_scatter.register_autograd(
     _matmul_reduce_scatter_backward, setup_context=_matmul_reduce_scatter_context
 )
+
+
+class _GatherFunction(torch.autograd.Function):
+    forward = staticmethod(_all_gather_matmul)
+    setup_context = staticmethod(_all_gather_matmul_context)
+    backward = staticmethod(_all_gather_matmul_backward)
+
+
+class _ScatterFunction(torch.autograd.Function):
+    forward = staticmethod(_matmul_reduce_scatter)
+    setup_context = staticmethod(_matmul_reduce_scatter_context)
+    backward = staticmethod(_matmul_reduce_scatter_backward)
 
 
 def all_reduce(x: Tensor, group: str, site: str = "", scale: float = 1.0) -> Tensor:

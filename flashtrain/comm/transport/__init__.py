@@ -44,6 +44,8 @@ class Settings:
     W times the activation memory, instead of gathering it again in the backward pass.
     ``fused``: a product and its transfers in one kernel, where nvlink and Hopper GPUs allow it; its bits are
     those of that kernel, without it those of cuBLAS for the rows of each sub-chunk.
+    ``tune``: measure the ways of a product once for each of its shapes where it can be fused, and keep the
+    fastest (``comm.tune``).
     ``arena_bytes``: the most device memory that the landing buffers of one group may take on nvlink.
     """
 
@@ -53,6 +55,7 @@ class Settings:
     timeout: float = 120.0
     keep_gather: bool = False
     fused: bool = True
+    tune: bool = True
     arena_bytes: int = 8 << 30
 
     def validate(self) -> None:
@@ -139,6 +142,11 @@ def _gather_strings(group: dist.ProcessGroup) -> Callable[[str], list[str]]:
         return everyone
 
     return exchange
+
+
+def exchange_of(group_name: str) -> Callable[[str], list[str]]:
+    """A function that gathers one string from every rank of the named group."""
+    return _gather_strings(groups.resolve(group_name))
 
 
 def _try_nvlink(group: dist.ProcessGroup, device: torch.device) -> tuple[Transport | None, str]:

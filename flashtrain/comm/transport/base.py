@@ -9,11 +9,14 @@ import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor
 
 from flashtrain.comm.schedule import Expect, Schedule, Send
 from flashtrain.comm.transport.landing import Landing
+
+_MOST_WAYS = 4096
 
 
 def clock() -> float:
@@ -154,20 +157,31 @@ class Transport(ABC):
     ``timeout`` is in seconds. Operations run one after the other or interleaved, but every rank of the
     group must open them in the same order. ``asynchronous``: waits order a device's stream and do not block
     the host, whose clock then knows nothing of what was hidden: ``traffic`` counts bytes and host time only.
-    ``one_at_a_time``: an operation must be closed before the next is opened.
+    ``one_at_a_time``: an operation must be closed before the next is opened. ``has_kernels``: the fused
+    products of ``comm.fused`` run on it. ``ways``: how products of which shapes are computed.
     """
 
     name: str
     asynchronous = False
     one_at_a_time = False
+    has_kernels = False
 
     def __init__(self, rank: int, world: int, timeout: float) -> None:
         self.rank, self.world, self.timeout = rank, world, timeout
+        self.ways: dict[tuple[Any, ...], Any] = {}
         self.traffic = Traffic()
 
     @abstractmethod
     def open(self, schedule: Schedule, site: str) -> Exchange:
         """Start one operation. ``site`` names it in messages and reports."""
+
+    def keep_way(self, key: tuple[Any, ...], way: Any) -> Any:
+        """Remember ``way``, of a product with ``key``, and return it."""
+        # Ragged batches bring ever new shapes, and a way is cheap to make once its kernel is compiled.
+        if len(self.ways) >= _MOST_WAYS:
+            self.ways.clear()
+        self.ways[key] = way
+        return way
 
     def check(self) -> None:  # noqa: B027  nothing to say where operations raise themselves
         """Raise TransportError if an operation has failed since the last call that could have said so."""

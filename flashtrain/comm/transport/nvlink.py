@@ -91,9 +91,8 @@ class NvlinkTransport(Transport):
     one table; both went through ``clear_flags`` on all ranks. For the arena, ``allocate(bytes)`` makes
     symmetric memory and ``exchange`` gathers one string from every rank, both collective; ``quiesce`` waits
     until this rank's device is idle; ``arena_bytes`` is the most that landing buffers may take. ``stream()``
-    is the handle of the stream that computes. ``has_kernels``: all ranks can run the fused products of
-    ``comm.fused``, which keeps in ``prepared`` what it has made. Raises RuntimeError if the driver lacks
-    something.
+    is the handle of the stream that computes. ``has_kernels``: all ranks can run the fused products. Raises
+    RuntimeError if the driver lacks something.
     """
 
     name = "nvlink"
@@ -119,7 +118,6 @@ class NvlinkTransport(Transport):
     ) -> None:
         super().__init__(rank, world, timeout)
         self.has_kernels = has_kernels
-        self.prepared: dict[tuple[Any, ...], Any] = {}
         self._counters: Tensor | None = None
         self.core = import_module("flashtrain._core")
         self._plans: dict[tuple[int, int], Plan] = {}

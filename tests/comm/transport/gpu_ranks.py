@@ -27,7 +27,9 @@ def start(rank: int, **settings: Any) -> tuple[str, str]:
     # Bits are compared between calls of equal shape: no other reductions, no other kernels.
     torch.backends.cuda.matmul.allow_bf16_reduced_precision_reduction = False
     torch.backends.cuda.matmul.allow_fp16_reduced_precision_reduction = False
-    transport.configure(transport.Settings(**{"transport": "nvlink", "timeout": 30.0, **settings}))
+    transport.configure(
+        transport.Settings(**{"transport": "nvlink", "timeout": 30.0, "tune": False, **settings})
+    )
     over_nvlink, over_nccl = dist.new_group(), dist.new_group(backend="nccl")
     device = torch.device("cuda", rank)
     assert isinstance(transport.of(over_nvlink.group_name, device), NvlinkTransport)
@@ -191,7 +193,7 @@ def stress(rank: int, world: int, operations: int, connections: str) -> dict[str
     """Operations back to back on two groups, fresh data each, ranks late at random; the host never waits."""
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = connections  # read when CUDA starts
     torch.cuda.set_device(rank)
-    transport.configure(transport.Settings(transport="nvlink", timeout=30.0))
+    transport.configure(transport.Settings(transport="nvlink", timeout=30.0, tune=False))
     groups = [dist.new_group().group_name for _ in range(2)]
     choice, delays = random.Random(9), random.Random(rank)
     wrong = torch.zeros((), dtype=torch.int64, device="cuda")
@@ -243,7 +245,7 @@ def stopped(rank: int, world: int, behind: int, connections: str) -> dict[str, A
     """The last rank stops before its third operation; ``behind`` kernels wait behind those of the others."""
     os.environ["CUDA_DEVICE_MAX_CONNECTIONS"] = connections
     torch.cuda.set_device(rank)
-    transport.configure(transport.Settings(transport="nvlink", timeout=2.0))
+    transport.configure(transport.Settings(transport="nvlink", timeout=2.0, tune=False))
     group = dist.new_group().group_name
     w = draw(rank, 512, 256, dtype=torch.bfloat16)
 
@@ -270,7 +272,7 @@ def stopped(rank: int, world: int, behind: int, connections: str) -> dict[str, A
     took = time.monotonic() - began
     # The context is as good as before: new transports work.
     dist.barrier()
-    transport.configure(transport.Settings(transport="nvlink", timeout=30.0))
+    transport.configure(transport.Settings(transport="nvlink", timeout=30.0, tune=False))
     again = product()
     reference = ordered_sum(torch.stack([
         (draw(c, 256 * world, 256, dtype=torch.bfloat16) @ draw(c, 512, 256, dtype=torch.bfloat16).t())[

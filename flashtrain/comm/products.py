@@ -1,0 +1,142 @@
+"""The ways in which an overlapped product can be computed, and the choice among them.
+
+    fused      one kernel that waits and signals (``fused``): nvlink on Hopper GPUs
+    chunked    a product a chunk between the transfers (``chunked``): everywhere
+    whole      the transfers first, or last, and one product beside none of them
+
+A way is made for fixed shapes and called with operands. All ways of a product take its partials in the
+operands' dtype and add them in rank order in fp32; the fused ways of all configurations share their bits.
+"""
+
+from collections.abc import Callable
+from functools import partial
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor
+
+from flashtrain.comm import groups, schedule, transport, tune
+from flashtrain.comm.bulk import WholeGather, WholeScatter
+from flashtrain.comm.chunked import ChunkedGather, ChunkedScatter, Landed
+from flashtrain.comm.schedule import Schedule, split_rows
+from flashtrain.comm.transport.base import Transport
+from flashtrain.errors import UserError
+
+# Into how many sub-chunks a tuner cuts a rank's rows, and of how many rows at the least.
+_SUBCHUNKS, _FEWEST_ROWS = (1, 2, 4), 128
+
+
+class Gather(Protocol):
+    """``y [M, N] = AG(x_shard [M/W, K]) · w [N, K]ᵀ``."""
+
+    def __call__(self, x_shard: Tensor, w: Tensor, site: str, landed: Landed | None = None) -> Tensor: ...
+
+
+class Scatter(Protocol):
+    """``RS(x [M, K] · w [N, K]ᵀ)``, the own rows ``[M/W, N]``."""
+
+    def __call__(self, x: Tensor, w: Tensor, site: str) -> Tensor: ...
+
+
+def rows_per_rank(shard: Tensor, group: str, rows: int | None) -> tuple[int, ...]:
+    """How many rows each rank holds, for a shard ``[rows, ...]``. Raises UserError if it does not fit."""
+    process_group = groups.resolve(group)
+    world, rank = process_group.size(), process_group.rank()
+    counts = split_rows(world * shard.shape[0] if rows is None else rows, world)
+    if counts[rank] != shard.shape[0]:
+        raise UserError(
+            f"rank {rank} of {world} holds {shard.shape[0]} rows, but its share of {rows} rows is "
+            f"{counts[rank]}; shard with torch.tensor_split and pass rows="
+        )
+    return counts
+
+
+def plan_of(op: str, counts: tuple[int, ...], group: str, subchunks: int | None = None) -> Schedule:
+    """The schedule of ``op`` on this rank; ``subchunks`` as in the settings unless given."""
+    chosen = transport.settings()
+    build = schedule.all_gather if op == "all_gather" else schedule.reduce_scatter
+    rank = groups.resolve(group).rank()
+    return build(counts, rank, kind=chosen.kind, subchunks=subchunks or chosen.subchunks)
+
+
+def gather_way(x_shard: Tensor, w: Tensor, group: str, rows: int | None, site: str) -> Gather:
+    """How ``AG(x_shard [M/W, K]) · w [N, K]ᵀ`` is computed; chosen at the first call for these shapes.
+
+    Raises UserError for operands that do not multiply or a shard that does not fit ``rows``.
+    """
+    mover = transport.of(group, x_shard.device)
+    key = ("all_gather", rows, *_form(x_shard, w))
+    found: Gather | None = mover.ways.get(key)
+    if found is None:
+        _check_operands(x_shard, w)
+        counts = rows_per_rank(x_shard, group, rows)
+        plan = plan_of("all_gather", counts, group)
+        found = mover.keep_way(key, _choose(mover, "all_gather", counts, group, plan, x_shard, w, site))
+    return found
+
+
+def scatter_way(x: Tensor, w: Tensor, group: str, site: str) -> Scatter:
+    """How ``RS(x [M, K] · w [N, K]ᵀ)`` is computed; chosen at the first call for these shapes.
+
+    Raises UserError for operands that do not multiply.
+    """
+    mover = transport.of(group, x.device)
+    key = ("reduce_scatter", None, *_form(x, w))
+    found: Scatter | None = mover.ways.get(key)
+    if found is None:
+        _check_operands(x, w)
+        counts = split_rows(x.shape[0], groups.resolve(group).size())
+        plan = plan_of("reduce_scatter", counts, group)
+        found = mover.keep_way(key, _choose(mover, "reduce_scatter", counts, group, plan, x, w, site))
+    return found
+
+
+def _form(x: Tensor, w: Tensor) -> tuple[Any, ...]:
+    return x.shape, x.dtype, w.shape, w.dtype, w.stride()
+
+
+def _check_operands(x: Tensor, w: Tensor) -> None:
+    if x.dim() != 2 or w.dim() != 2 or x.shape[1] != w.shape[1]:
+        raise UserError(
+            f"operands {list(x.shape)} and {list(w.shape)} do not multiply: both must be matrices, "
+            "[rows, K] and [columns, K]"
+        )
+    if x.dtype != w.dtype:
+        raise UserError(f"operands have dtypes {x.dtype} and {w.dtype}; cast one to the other")
+
+
+def _choose(
+    mover: Transport,
+    op: str,
+    counts: tuple[int, ...],
+    group: str,
+    plan: Schedule,
+    x: Tensor,
+    w: Tensor,
+    site: str,
+) -> Any:
+    """A way to compute ``op`` of ``x [rows, K]`` and ``w [N, K]``."""
+    from flashtrain.comm import fused
+
+    by_chunks = ChunkedGather if plan.gathers else ChunkedScatter
+    chosen = transport.settings()
+    if not (mover.has_kernels and chosen.fused) or fused.refusal(plan, x, w) is not None:
+        return by_chunks(plan, group)
+    by_kernel: Any = fused.FusedGather if plan.gathers else fused.FusedScatter
+    if not chosen.tune or torch.cuda.is_current_stream_capturing():
+        return by_kernel(mover, plan, x, w)
+    from flashtrain.kernels.overlapped_matmul.config import configs
+
+    candidates: dict[str, Callable[[], Any]] = {}
+    for subchunks in _SUBCHUNKS:
+        if subchunks > 1 and max(counts) < subchunks * _FEWEST_ROWS:
+            continue
+        cut = plan_of(op, counts, group, subchunks)
+        for config in configs(x.dtype):
+            candidates[f"fused {config} in {subchunks}"] = partial(by_kernel, mover, cut, x, w, config)
+        candidates[f"chunked in {subchunks}"] = partial(by_chunks, cut, group)
+    candidates["whole"] = partial(WholeGather if plan.gathers else WholeScatter, plan, group)
+    layout = "" if w.stride(1) == 1 else " transposed"
+    name = f"{op} {tune.bucket(plan.rows)} x {w.shape[0]} x {w.shape[1]} {x.dtype}{layout}"
+    exchange = transport.exchange_of(group)
+    return tune.choose(name, candidates, lambda way: way(x, w, site), mover, exchange, x.device)

@@ -1,0 +1,99 @@
+"""The choice among ways: the fastest, the same on every rank, measured once. On GPUs: test_nvlink.py."""
+
+import json
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from flashtrain.comm import tune
+from tests.comm.transport.fake_gpu import Ranks
+
+DEVICE = torch.device("cpu")
+
+
+class Mover:
+    def __init__(self, rank: int, world: int) -> None:
+        self.rank, self.world = rank, world
+
+
+@pytest.fixture(autouse=True)
+def _folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr(tune, "_key", lambda device, world: f"a machine; {world} ranks")
+
+
+def choices(
+    times: list[dict[str, float]], monkeypatch: pytest.MonkeyPatch, name: str = "a shape"
+) -> list[str]:
+    """What each rank picks where way ``title`` takes ``times[rank][title]`` milliseconds there."""
+    ranks, here = Ranks(len(times)), threading.local()
+
+    def burst(way: str, call: Callable[[Any], Any]) -> float:
+        call(way)
+        return times[here.rank][way]
+
+    monkeypatch.setattr(tune, "_burst", burst)
+
+    def main(rank: int, _: Ranks) -> str:
+        here.rank = rank
+        candidates = {title: (lambda title=title: title) for title in times[0]}
+        exchange = lambda text: ranks.exchange(rank, text)  # noqa: E731
+        mover: Any = Mover(rank, len(times))
+        picked: str = tune.choose(name, candidates, lambda way: None, mover, exchange, DEVICE)
+        return picked
+
+    return ranks.run(main)
+
+
+def test_the_slowest_rank_decides_and_all_take_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = [{"fused a": 1.0, "fused b": 1.5}, {"fused a": 2.0, "fused b": 1.6}]
+    assert choices(times, monkeypatch) == ["fused b", "fused b"]
+
+
+def test_another_way_must_be_faster_by_the_margin(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choices([{"fused a": 1.0, "whole": 0.98}], monkeypatch, "one") == ["fused a"]
+    assert choices([{"fused a": 1.0, "whole": 0.96}], monkeypatch, "two") == ["whole"]
+
+
+def test_the_best_of_many_is_among_the_finalists(monkeypatch: pytest.MonkeyPatch) -> None:
+    times = {f"fused {number}": 1.0 + (number * 7 % 20) / 10 for number in range(20)}
+    assert choices([times], monkeypatch) == ["fused 0"]
+
+
+def test_a_choice_is_kept_and_not_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choices([{"fused a": 1.0, "fused b": 2.0}] * 2, monkeypatch) == ["fused a"] * 2
+    assert choices([{"fused a": 2.0, "fused b": 1.0}] * 2, monkeypatch) == ["fused a"] * 2
+    assert choices([{"fused a": 2.0, "fused b": 1.0}] * 2, monkeypatch, "another shape") == ["fused b"] * 2
+    kept = json.loads((tune.folder() / "tuned.json").read_text())
+    assert kept == {"a machine; 2 ranks": {"a shape": "fused a", "another shape": "fused b"}}
+    # Another number of ranks is another measurement, and a way that is gone is chosen anew.
+    assert choices([{"fused a": 2.0, "fused b": 1.0}], monkeypatch) == ["fused b"]
+    assert choices([{"fused c": 2.0, "fused b": 1.0}] * 2, monkeypatch) == ["fused b"] * 2
+
+
+@pytest.mark.parametrize("content", ["", "{", "[]", "\udcff"])
+def test_a_damaged_file_is_measured_over(content: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    tune.folder().mkdir()
+    (tune.folder() / "tuned.json").write_text(content, errors="surrogateescape")
+    assert choices([{"fused a": 2.0, "fused b": 1.0}], monkeypatch) == ["fused b"]
+    assert json.loads((tune.folder() / "tuned.json").read_text()) == {
+        "a machine; 1 ranks": {"a shape": "fused b"}
+    }
+
+
+def test_without_a_place_to_write_the_choice_holds_for_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    (tmp_path / "flashtrain").write_text("a file where a folder should be")
+    assert choices([{"fused a": 2.0, "fused b": 1.0}], monkeypatch) == ["fused b"]
+    assert "is not kept" in caplog.text
+
+
+def test_batches_of_nearly_one_size_share_a_choice() -> None:
+    assert len({tune.bucket(rows) for rows in range(8000, 8400)}) == 1
+    assert [tune.bucket(rows) for rows in (0, 1, 2, 2048, 8192, 11585)] == [0, 1, 2, 2048, 8192, 11585]
+    assert tune.bucket(2048) != tune.bucket(4096)
