@@ -105,6 +105,7 @@ def measure(ranks: Ranks, report: Report) -> None:
     config = shapes.MODELS[settings.trained]
     names = [f"{settings.trained}, {batch} x {settings.sequence} a rank" for batch in settings.batches]
     report.plan("dp", names)
+    report.note("dp", {"exposed": "step less the step of a copy whose collectives copy locally"})
     budget = Budget(settings.seconds)
     scheduled = resolve(ranks.new_group())
     for index, (name, batch) in enumerate(zip(names, settings.batches, strict=True)):

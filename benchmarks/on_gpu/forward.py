@@ -31,8 +31,8 @@ def _row(product: Product, seconds: float) -> dict[str, Any]:
     ranks, site = product.ranks, product.site
     calls, absent, errors = systems(product)
     if site.style == "column":
-        # The same when the gathered input is kept for the weight gradient.
-        calls["ours, x_full"] = product.ours(keep_gather=True)
+        # What it costs to have the gathered input, too.
+        calls["ours, x_full"] = product.ours(return_gather=True)
         product.warm_up({"": calls["ours, x_full"]})
     modes = {
         "launch_free": launch_free(calls, ranks, seconds=seconds / 2, sets=product.count),
@@ -102,8 +102,8 @@ def measure_host(ranks: Ranks, report: Report) -> None:
         times |= _bursts(product, with_gradient, seconds)
         row = product.describe() | {
             "absent": absent,
-            "host_ms": {name: round(float(found.host.median()), 5) for name, found in times.items()},
-            "spread": {name: found.summary() for name, found in times.items()},
+            "host_ms": {name: round(found.host, 5) for name, found in times.items()},
+            "late": {name: found.late for name, found in times.items()},
         }
         report.add("host", product.title(), row)
         del product

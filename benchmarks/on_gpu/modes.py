@@ -28,18 +28,19 @@ MOST_CALLS, FEWEST_ROUNDS, FEWEST_CALLS = 50, 3, 10
 
 @dataclass(frozen=True)
 class Times:
-    """Milliseconds ``[calls]`` of the slowest rank: ``ms`` of the call, ``host`` of issuing it.
+    """``ms [calls]``: milliseconds of each call on the slowest rank.
 
-    ``late``: part of the launch-free bursts in which a device awoke before the host was done.
+    ``host``: milliseconds that issuing one takes, the median of the rank whose host is slowest. ``late``:
+    part of the launch-free bursts in which a device awoke before the host was done.
     """
 
     ms: Tensor
-    host: Tensor
+    host: float
     late: float = 0.0
 
     def summary(self) -> dict[str, float]:
-        """Median, quartiles and minimum, how many calls, host's milliseconds of a call."""
-        host = {"host": round(float(self.host.median()), 5), "late": round(self.late, 3)}
+        """Median, quartiles and minimum of ``ms``, how many calls, and the rest."""
+        host = {"host": round(self.host, 5), "late": round(self.late, 3)}
         return spread(self.ms) | {"calls": len(self.ms)} | host
 
 
@@ -51,7 +52,7 @@ def launch_free(
     trial = _bursts(calls, ranks, 1, burst or LONG_BURST, dict.fromkeys(calls, 4 * SLEEP), sets)
     if burst is None:
         burst = LONG_BURST if max(float(times.ms.median()) for times in trial.values()) > LONG else BURST
-    sleeps = {name: max(SLEEP, 2 * burst * float(times.host.max())) for name, times in trial.items()}
+    sleeps = {name: max(SLEEP, 3 * burst * times.host) for name, times in trial.items()}
     one = sum(sleeps[name] + burst * float(times.ms.median()) for name, times in trial.items()) / 1e3
     rounds = _rounds(seconds, one, FEWEST_ROUNDS, math.ceil(MOST_CALLS / (burst - DROPPED)))
     return _bursts(calls, ranks, rounds, burst, sleeps, sets)
@@ -101,9 +102,10 @@ def _bursts(
                     ms[index, number, position - DROPPED] = marks[position].elapsed_time(marks[position + 1])
                 host[index, number] = torch.tensor(issued[DROPPED:], dtype=torch.float64)
             ranks.alive()
-    ms, host, late = ranks.slowest(ms), ranks.slowest(host), ranks.slowest(late)
+    ms, late = ranks.slowest(ms), ranks.slowest(late)
+    issuing = ranks.slowest(host.flatten(1).median(1).values)
     return {
-        name: Times(ms[index].flatten(), host[index].flatten(), float(late[index].mean()))
+        name: Times(ms[index].flatten(), float(issuing[index]), float(late[index].mean()))
         for index, name in enumerate(names)
     }
 
@@ -127,8 +129,8 @@ def _one_by_one(calls: Mapping[str, Call], ranks: Ranks, rounds: int, sets: int)
                 ms[index, number] = begin.elapsed_time(end)
                 del result
             ranks.alive()
-    ms, host = ranks.slowest(ms), ranks.slowest(host)
-    return {name: Times(ms[index], host[index]) for index, name in enumerate(names)}
+    ms, issuing = ranks.slowest(ms), ranks.slowest(host.median(1).values)
+    return {name: Times(ms[index], float(issuing[index])) for index, name in enumerate(names)}
 
 
 class _no_collector:

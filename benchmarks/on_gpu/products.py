@@ -89,13 +89,13 @@ class Product:
         scatter = torch.ops.symm_mem.fused_matmul_reduce_scatter
         return lambda n: scatter(self.sets[n].x, self.sets[n].w.t(), "sum", 0, name)
 
-    def ours(self, group: str | None = None, keep_gather: bool = False) -> Call:
+    def ours(self, group: str | None = None, return_gather: bool = False) -> Call:
         """The op, on the ops' group or ``group``; it pushes from plain memory, so nothing is copied in."""
         name, rows, label = group or self.ranks.ours, self.site.rows, self.label
         if self.site.style == "row":
             return lambda n: ops.matmul_reduce_scatter(self.sets[n].x, self.sets[n].w, name, label)
         return lambda n: ops.all_gather_matmul(
-            self.sets[n].x, self.sets[n].w, name, label, rows, False, keep_gather
+            self.sets[n].x, self.sets[n].w, name, label, rows, False, return_gather
         )[0]
 
     def reference(self) -> Tensor:

@@ -130,7 +130,9 @@ def goals(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     """A verdict for each goal of the benchmark that W has; judged launch-free. ``report`` as in the JSON."""
     world, parts = report["settings"]["world"], report["parts"]
     forward = [row for row in parts.get("forward", {}).get("rows", []) if "launch_free" in row["judged"]]
-    listed = [row for row in forward if row["shape"] in ("8B", "70B") and row["rows"] in (ROWS.get(world) or ())]
+    listed = [
+        row for row in forward if row["shape"] in ("8B", "70B") and row["rows"] in (ROWS.get(world) or ())
+    ]
     ours = scores(listed, "launch_free").get("ours", {})
     found = []
     for what, title, target, of in _SCORES.get(world, ()):

@@ -103,7 +103,10 @@ def _parser() -> argparse.ArgumentParser:
         "--models", nargs="+", choices=list(shapes.MODELS), help="whose sites (default: 8B 70B)"
     )
     parser.add_argument(
-        "--rows", type=int, nargs="+", help="M of forward and graph (default: 2048 to 16384; of 2 ranks 4096 8192)"
+        "--rows",
+        type=int,
+        nargs="+",
+        help="M of forward and graph (default: 2048 to 16384; of 2 ranks 4096 8192)",
     )
     parser.add_argument("--sites", nargs="+", choices=shapes.SITES, default=shapes.SITES, help="default: all")
     parser.add_argument(
