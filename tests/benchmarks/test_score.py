@@ -91,7 +91,8 @@ def test_other_shapes_do_not_enter_the_goals_but_count_where_they_are_slower(sco
     other = {"shape": "1B", "name": "qkv", "style": "column", "rows": 4096}
     slow = score.judge({"gemm": 1.0, "collective": 0.1, "nccl": 1.0, "ours": 9.0}, 4096, 2048, 2)
     measured.append(other | {"judged": {"launch_free": slow}})
-    goals = score.goals(report(2, forward={"planned": 17, "rows": measured}))
+    measured.append(other | {"shape": "8B", "rows": 2048, "judged": {"launch_free": slow}})
+    goals = score.goals(report(2, forward={"planned": 18, "rows": measured}))
     assert [(g["what"], g["measured"]) for g in goals[:1]] == [("score, M = 4096 and 8192, W = 2", 16)]
     assert goals[0]["value"] == pytest.approx(PUBLISHED[2]["all"]["kraken"], abs=0.0015)
     assert "1B qkv 4096 (x0.111)" in score.slower(measured, "launch_free")
