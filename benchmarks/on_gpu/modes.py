@@ -23,7 +23,7 @@ Call = Callable[[int], Any]
 BURST, LONG_BURST, DROPPED = 8, 5, 2
 LONG = 2.0  # milliseconds; bursts of longer calls are shorter, as the device slows down under load
 SLEEP = 12.0  # milliseconds
-MOST_CALLS, FEWEST_ROUNDS, FEWEST_CALLS = 50, 3, 10
+FEWEST_ROUNDS, FEWEST_CALLS = 3, 10
 
 
 @dataclass(frozen=True)
@@ -47,23 +47,23 @@ class Times:
 def launch_free(
     calls: Mapping[str, Call], ranks: Ranks, *, seconds: float, sets: int, burst: int | None = None
 ) -> dict[str, Times]:
-    """Times of at least ``MOST_CALLS`` calls each, or of what fits in ``seconds``. Collective."""
+    """Times of ``Settings.calls`` calls each or a few more, or of what fits in ``seconds``. Collective."""
     # Bursts of systems take turns A B C A B C; within a burst the inputs rotate.
     trial = _bursts(calls, ranks, 1, burst or LONG_BURST, dict.fromkeys(calls, 4 * SLEEP), sets)
     if burst is None:
         burst = LONG_BURST if max(float(times.ms.median()) for times in trial.values()) > LONG else BURST
     sleeps = {name: max(SLEEP, 3 * burst * times.host) for name, times in trial.items()}
     one = sum(sleeps[name] + burst * float(times.ms.median()) for name, times in trial.items()) / 1e3
-    rounds = _rounds(seconds, one, FEWEST_ROUNDS, math.ceil(MOST_CALLS / (burst - DROPPED)))
+    rounds = _rounds(seconds, one, FEWEST_ROUNDS, math.ceil(ranks.settings.calls / (burst - DROPPED)))
     return _bursts(calls, ranks, rounds, burst, sleeps, sets)
 
 
 def host_issued(calls: Mapping[str, Call], ranks: Ranks, *, seconds: float, sets: int) -> dict[str, Times]:
-    """Times of ``MOST_CALLS`` calls each, or of what fits in ``seconds``. Collective."""
+    """Times of ``Settings.calls`` calls each, or of what fits in ``seconds``. Collective."""
     started = time.perf_counter()
     _one_by_one(calls, ranks, 2, sets)
     taken = torch.tensor([time.perf_counter() - started], dtype=torch.float64)
-    rounds = _rounds(seconds, float(ranks.slowest(taken)) / 2, FEWEST_CALLS, MOST_CALLS)
+    rounds = _rounds(seconds, float(ranks.slowest(taken)) / 2, FEWEST_CALLS, ranks.settings.calls)
     return _one_by_one(calls, ranks, rounds, sets)
 
 

@@ -28,7 +28,8 @@ class Settings:
 
     ``seconds`` is the most that one part may take, ``patience`` the seconds without progress after which the
     run is given up. ``host_rows`` and ``backward_rows`` are M of those parts; ``trained`` and ``sequence``
-    are what data parallelism trains, with each of ``batches`` sequences a rank. ``rehearse``: on the CPU.
+    are what data parallelism trains, with each of ``batches`` sequences a rank. ``calls`` is how many of each
+    system are timed where there is time. ``rehearse``: on the CPU.
     """
 
     world: int
@@ -43,6 +44,7 @@ class Settings:
     backward_rows: int
     trained: str
     sequence: int
+    calls: int
     batches: tuple[int, ...] = (1, 2)
 
     def listed(self, rows: Sequence[int]) -> list[shapes.Site]:
@@ -85,6 +87,7 @@ def parse(arguments: list[str]) -> tuple[Settings, Path]:
         backward_rows=64 if small else 8192,
         trained="tiny" if small else "1B",
         sequence=32 if small else 4096,
+        calls=10 if small else 50,
     )
     for rows in (settings.rows, (settings.host_rows,), (settings.backward_rows,)):
         settings.listed(rows)

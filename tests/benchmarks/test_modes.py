@@ -2,7 +2,7 @@
 
 import importlib
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -45,7 +45,7 @@ class OneRank:
     """What ``Ranks`` does, for a rank whose slowest peer takes twice as long."""
 
     def __init__(self) -> None:
-        self.device, self.met = Clock(), 0
+        self.device, self.met, self.settings = Clock(), 0, SimpleNamespace(calls=50)
 
     def meet(self) -> None:
         self.met += 1

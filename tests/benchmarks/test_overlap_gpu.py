@@ -35,7 +35,7 @@ def rehearse(out: Path, *arguments: str, **options: Any) -> subprocess.Completed
 @pytest.fixture(scope="module")
 def finished(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, dict[str, Any]]:
     out = tmp_path_factory.mktemp("benchmark")
-    done = rehearse(out, "--sites", "qkv", "o", "--seconds", "3")
+    done = rehearse(out, "--sites", "qkv", "o")
     assert done.returncode == 0, done.stderr
     return done.stdout, json.loads((out / REPORT).read_text())
 
@@ -125,20 +125,26 @@ def test_a_part_without_time_names_what_it_left_out(tmp_path: Path) -> None:
 
 FAULTY = """
 import os, sys, time
-from on_gpu import command
+from on_gpu import command, forward
+from on_gpu.products import Product
 
-def raises(ranks, report):
+def raises(ranks):
     if ranks.rank == 1:
         raise RuntimeError("the fault of rank 1")
-    time.sleep(60)
 
-def hangs(ranks, report):
-    ranks.alive("hanging")
+def hangs(ranks):
     if ranks.rank == 0:
+        ranks.alive("hanging")
         os.utime(ranks._heartbeat, (0, 0))  # as if that had been long ago
     time.sleep(600)
 
-command.PARTS["host"] = {fault}
+class Faulty(Product):
+    def __init__(self, site, ranks):
+        if site.name == "o":
+            {fault}(ranks)
+        super().__init__(site, ranks)
+
+forward.Product = Faulty
 
 if __name__ == "__main__":
     sys.exit(command.main(sys.argv[3:]))
@@ -154,15 +160,15 @@ def test_a_rank_that_fails_or_hangs_ends_the_run_which_keeps_its_rows(
 ) -> None:
     script = tmp_path / "faulty.py"
     script.write_text(FAULTY.format(fault=fault))
-    arguments = ("--parts", "forward", "host", "--sites", "qkv", "--seconds", "1")
-    done = rehearse(tmp_path, *arguments, script=script)
+    done = rehearse(tmp_path, "--parts", "forward", "--sites", "qkv", "o", script=script)
     assert done.returncode == 1, done.stderr
     assert complaint in done.stderr
     if fault == "hangs":
-        assert "faulty.py" in done.stderr  # where each rank stood
+        assert "in hangs" in done.stderr  # where each rank stood
     report = json.loads((tmp_path / REPORT).read_text())
     assert complaint in report["ended"]
-    assert [row["name"] for row in report["parts"]["forward"]["rows"]] == ["qkv"]
+    forward = report["parts"]["forward"]
+    assert ([row["name"] for row in forward["rows"]], forward["left_out"]) == (["qkv"], ["tiny o 64"])
     assert "forward, launch-free, ms" in done.stdout
 
 
