@@ -136,8 +136,9 @@ def goals(report: Mapping[str, Any]) -> list[dict[str, Any]]:
     ours = scores(listed, "launch_free").get("ours", {})
     found = []
     for what, title, target, of in _SCORES.get(world, ()):
-        entry = ours.get(title, {"score": None, "shapes": 0})
-        found.append(Goal(f"{what}, W = {world}", target, entry["score"], int(entry["shapes"]), of))
+        entry = ours.get(title)
+        value, measured = (entry["score"], int(entry["shapes"])) if entry else (None, 0)
+        found.append(Goal(f"{what}, W = {world}", target, value, measured, of))
     count = len(slower(forward, "launch_free")) if forward else None
     planned = parts.get("forward", {}).get("planned", 0)
     found.append(Goal("shapes slower than NCCL + cuBLAS", 0, count, len(forward), planned, at_most=True))
