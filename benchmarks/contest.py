@@ -103,39 +103,23 @@ class Ranks:
         return best
 
 
-class Inputs:
-    """Random tensors of one site, the same on no two ranks except where a gather makes them so."""
-
-    def __init__(self, site: shapes.Site, ranks: Ranks, number: int) -> None:
-        rows, outputs, inputs = site.local(ranks.world)
-        random = torch.Generator().manual_seed(1000 * number + ranks.rank)
-        dtype, column = DTYPES[ranks.settings.dtype], site.style == "column"
-
-        def draw(*size: int) -> Tensor:
-            return torch.randn(*size, generator=random).to(dtype)
-
-        self.x = draw(rows // ranks.world if column else rows, inputs).requires_grad_()
-        self.w = draw(outputs, inputs).mul_(inputs**-0.5).requires_grad_()
-        self.dy = draw(rows if column else rows // ranks.world, outputs)
-        # The plain products see what a gather would have brought.
-        self.x_full = draw(rows, inputs) if column else self.x.detach()
-        self.dy_full = self.dy if column else draw(rows, outputs)
-
-
 def measure_site(site: shapes.Site, ranks: Ranks) -> list[dict[str, Any]]:
     """One row for each direction."""
     settings = ranks.settings
     rows, outputs, inputs = site.local(ranks.world)
-    column = site.style == "column"
-    # Backward and forward of a site move the same sizes: [M, K] for a column site, [M, N] for a row site.
-    moved = torch.randn(rows, inputs if column else outputs).to(DTYPES[settings.dtype])
+    column, dtype = site.style == "column", DTYPES[settings.dtype]
+    # Backward and forward of a site move the same sizes.
+    moved = torch.randn(rows, site.width).to(dtype)
     gather, gather_ms = ranks.fastest(systems.GATHERS, moved[: rows // ranks.world].contiguous())
     scatter, scatter_ms = ranks.fastest(systems.SCATTERS, moved)
-    sets = [Inputs(site, ranks, number) for number in range(settings.input_sets)]
+    sets = [
+        systems.Inputs(site, ranks.rank, ranks.world, number, dtype, torch.device("cpu"))
+        for number in range(settings.input_sets)
+    ]
 
     def forwards(keep: bool) -> dict[str, Way]:
         collectives = systems.GATHERS[gather], systems.SCATTERS[scatter]
-        ways = {"gloo": systems.gloo(site.style, ranks.gloo, *collectives, keep)}
+        ways = {"gloo": systems.collectives(site.style, ranks.gloo, *collectives, keep)}
         for name, group in ranks.groups.items():
             ways[name] = systems.overlapped(site.style, group, f"{site.shape}.{site.name}", keep)
         return ways
@@ -169,7 +153,7 @@ def measure_site(site: shapes.Site, ranks: Ranks) -> list[dict[str, Any]]:
     return found
 
 
-def _forward(ways: dict[str, Way], sets: list[Inputs]) -> dict[str, Call]:
+def _forward(ways: dict[str, Way], sets: list[systems.Inputs]) -> dict[str, Call]:
     def timed(way: Way) -> Call:
         return lambda number: way(sets[number].x, sets[number].w)
 
@@ -178,7 +162,7 @@ def _forward(ways: dict[str, Way], sets: list[Inputs]) -> dict[str, Call]:
     return calls
 
 
-def _backward(ways: dict[str, Way], sets: list[Inputs]) -> dict[str, Call]:
+def _backward(ways: dict[str, Way], sets: list[systems.Inputs]) -> dict[str, Call]:
     def timed(way: Way) -> Call:
         graphs = [way(inputs.x, inputs.w) for inputs in sets]
 

@@ -2,8 +2,10 @@
 
 import os
 import platform
+import re
 import time
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -39,6 +41,31 @@ def versions() -> dict[str, str]:
         "flashtrain": flashtrain.__version__,
         "blas": "mkl" if torch.backends.mkl.is_available() else "other",
         "bf16_products": "onednn" if torch.backends.mkldnn.is_available() else "native",
+    }
+
+
+def gpus(count: int) -> list[str]:
+    """Names and memory of the first ``count`` CUDA devices; empty without CUDA."""
+    if not torch.cuda.is_available():
+        return []
+    found = [torch.cuda.get_device_properties(index) for index in range(count)]
+    return [f"{properties.name}, {properties.total_memory >> 20} MiB" for properties in found]
+
+
+def gpu_versions() -> dict[str, str]:
+    """Versions of the driver, CUDA, NCCL and Triton; empty without CUDA."""
+    if not torch.cuda.is_available():
+        return {}
+    try:
+        driver = Path("/proc/driver/nvidia/version").read_text()
+    except OSError:
+        driver = ""
+    number = re.search(r"\d+\.\d+(\.\d+)?", driver)
+    return {
+        "driver": number[0] if number else "unknown",
+        "cuda": str(torch.version.cuda),
+        "nccl": ".".join(map(str, torch.cuda.nccl.version())),
+        "triton": metadata.version("triton"),
     }
 
 

@@ -1,11 +1,21 @@
 """Sites whose products are measured, listed once for all benchmarks."""
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Literal
 
 from flashtrain.errors import UserError
 from flashtrain.models.decoder import Decoder
 from flashtrain.recipes import demo
+
+# Llama-3 8B and 70B, a decoder of 1.1e9 parameters in their proportions, and one to see a benchmark run.
+MODELS = {
+    "8B": Decoder.Config(hidden=4096, layers=32, heads=32, kv_heads=8, mlp_width=14336, vocabulary=128256),
+    "70B": Decoder.Config(hidden=8192, layers=80, heads=64, kv_heads=8, mlp_width=28672, vocabulary=128256),
+    "1B": Decoder.Config(hidden=2048, layers=16, heads=32, kv_heads=8, mlp_width=8192, vocabulary=32768),
+    "tiny": Decoder.Config(hidden=32, layers=2, heads=2, kv_heads=2, mlp_width=64, vocabulary=64),
+}
+SITES = ("qkv", "o", "gate_up", "down")
 
 
 @dataclass(frozen=True)
@@ -33,6 +43,11 @@ class Site:
         return self.rows, self.outputs, self.inputs // world
 
     @property
+    def width(self) -> int:
+        """Columns of what the ranks exchange: the gathered input or the scattered output."""
+        return self.inputs if self.style == "column" else self.outputs
+
+    @property
     def _sharded(self) -> str:
         return "outputs" if self.style == "column" else "inputs"
 
@@ -42,7 +57,7 @@ def sites_of(shape: str, model: Decoder.Config, rows: int, head: bool = False) -
     width, attention = model.hidden, model.heads * model.head_dim
     found = [
         Site(shape, "qkv", "column", rows, width, attention + 2 * model.kv_heads * model.head_dim),
-        Site(shape, "out", "row", rows, attention, width),
+        Site(shape, "o", "row", rows, attention, width),
         Site(shape, "gate_up", "column", rows, width, 2 * model.mlp_width),
         Site(shape, "down", "row", rows, model.mlp_width, width),
     ]
@@ -51,8 +66,15 @@ def sites_of(shape: str, model: Decoder.Config, rows: int, head: bool = False) -
 
 def quick() -> list[Site]:
     """One tiny shape, a column and a row site: to see a benchmark run, not to learn a number."""
-    model = Decoder.Config(hidden=32, heads=2, kv_heads=2, mlp_width=64)
-    return sites_of("tiny", model, rows=64)[:2]
+    return sites_of("tiny", MODELS["tiny"], rows=64)[:2]
+
+
+def gpu(models: Sequence[str], names: Sequence[str], rows: Sequence[int]) -> list[Site]:
+    """The sites ``names`` of the ``MODELS`` called ``models``, each at all ``rows``."""
+    of_all_rows = [
+        [site for count in rows for site in sites_of(model, MODELS[model], count)] for model in models
+    ]
+    return [site for sites in of_all_rows for name in names for site in sites if site.name == name]
 
 
 def cpu() -> list[Site]:

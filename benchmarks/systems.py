@@ -1,4 +1,4 @@
-"""What competes on one product: the plain product, gloo collectives around it, and the overlapped op.
+"""What competes on one product: the plain product, collectives around it, and the overlapped op.
 
 Every system computes the same from the same tensors, under autograd as a training step does. A column
 site in the notation of ``flashtrain.comm.ops``: y = AG(x_shard) · wᵀ; backward dx_shard = RS(dy · w) and
@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from shapes import Site
 from torch import Tensor
 
 from flashtrain.comm import ops
@@ -20,6 +21,30 @@ _gather_single = getattr(dist, "all_gather_single", None) or dist.all_gather_int
 _scatter_single = getattr(dist, "reduce_scatter_single", None) or dist.reduce_scatter_tensor
 
 Collective = Callable[[Tensor, dist.ProcessGroup], Tensor]
+
+
+class Inputs:
+    """Random tensors of one site, the same on no two ranks except where a gather makes them so.
+
+    ``x`` and ``w`` are leaves that need gradients. ``number`` tells sets apart that calls use in turn.
+    """
+
+    def __init__(
+        self, site: Site, rank: int, world: int, number: int, dtype: torch.dtype, device: torch.device
+    ) -> None:
+        rows, outputs, inputs = site.local(world)
+        random = torch.Generator(device).manual_seed(1000 * number + rank)
+        column = site.style == "column"
+
+        def draw(*size: int) -> Tensor:
+            return torch.randn(*size, generator=random, device=device).to(dtype)
+
+        self.x = draw(rows // world if column else rows, inputs).requires_grad_()
+        self.w = draw(outputs, inputs).mul_(site.inputs**-0.5).requires_grad_()
+        self.dy = draw(rows if column else rows // world, outputs)
+        # The plain products see what a gather would have brought.
+        self.x_full = draw(rows, inputs) if column else self.x.detach()
+        self.dy_full = self.dy if column else draw(rows, outputs)
 
 
 def gather_tensor(shard: Tensor, group: dist.ProcessGroup) -> Tensor:
@@ -63,7 +88,7 @@ SCATTERS: dict[str, Collective] = {
 }
 
 
-class GlooColumn(torch.autograd.Function):
+class CollectiveColumn(torch.autograd.Function):
     """Gather, then multiply, with the collectives given."""
 
     @staticmethod
@@ -90,7 +115,7 @@ class GlooColumn(torch.autograd.Function):
         return dx, dw, None, None, None, None
 
 
-class GlooRow(torch.autograd.Function):
+class CollectiveRow(torch.autograd.Function):
     """Multiply, then reduce-scatter, with the collectives given."""
 
     @staticmethod
@@ -109,13 +134,13 @@ class GlooRow(torch.autograd.Function):
         return torch.mm(dy, w), torch.mm(dy.t(), x), None, None, None
 
 
-def gloo(
+def collectives(
     style: str, group: dist.ProcessGroup, gather: Collective, scatter: Collective, keep: bool
 ) -> Callable[[Tensor, Tensor], Tensor]:
     """``f(x, w) -> y`` by collectives around whole products."""
     if style == "column":
-        return lambda x, w: GlooColumn.apply(x, w, group, gather, scatter, keep)
-    return lambda x, w: GlooRow.apply(x, w, group, gather, scatter)
+        return lambda x, w: CollectiveColumn.apply(x, w, group, gather, scatter, keep)
+    return lambda x, w: CollectiveRow.apply(x, w, group, gather, scatter)
 
 
 def overlapped(

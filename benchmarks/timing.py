@@ -30,16 +30,15 @@ class Samples:
 
     def summary(self) -> dict[str, float]:
         """Milliseconds: median, quartiles, their distance, minimum; processor time; faults."""
-        low, middle, high = torch.quantile(self.wall * 1e3, torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
-        values = {
-            "median": middle,
-            "low": low,
-            "high": high,
-            "iqr": high - low,
-            "min": float(self.wall.min() * 1e3),
-        }
-        values |= {"processor": float(self.processor.median() * 1e3), "faults": float(self.faults.median())}
-        return {name: round(value, 5) for name, value in values.items()}
+        values = {"processor": float(self.processor.median() * 1e3), "faults": float(self.faults.median())}
+        return spread(self.wall * 1e3) | {name: round(value, 5) for name, value in values.items()}
+
+
+def spread(values: torch.Tensor) -> dict[str, float]:
+    """Median, quartiles, their distance and minimum of ``values [n]`` float64, to five digits."""
+    low, middle, high = torch.quantile(values, torch.tensor([0.25, 0.5, 0.75]).double()).tolist()
+    found = {"median": middle, "low": low, "high": high, "iqr": high - low, "min": float(values.min())}
+    return {name: round(value, 5) for name, value in found.items()}
 
 
 def measure(calls: Mapping[str, Call], *, repeats: int, seconds: float, sets: int) -> dict[str, Samples]:

@@ -39,8 +39,8 @@ def test_every_direction_of_a_column_and_a_row_site_is_measured(report: dict[str
         ("qkv", "column", "forward"),
         ("qkv", "column", "backward"),
         ("qkv", "column", "backward, input kept"),
-        ("out", "row", "forward"),
-        ("out", "row", "backward"),
+        ("o", "row", "forward"),
+        ("o", "row", "backward"),
     ]
 
 

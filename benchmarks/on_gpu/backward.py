@@ -1,0 +1,95 @@
+"""Both gradients of an overlapped product, through autograd, against NCCL and cuBLAS by hand.
+
+column   dx_shard = RS(dy · w)      dw = dyᵀ · AG(x_shard)
+row      dx = AG(dy_shard) · w      dw = AG(dy_shard)ᵀ · x
+"""
+
+from typing import Any
+
+import systems
+import torch
+from on_gpu.modes import Call, host_issued, launch_free
+from on_gpu.products import TOLERANCE, Product
+from on_gpu.ranks import Budget, Ranks
+from on_gpu.report import Report
+from torch import Tensor
+
+
+def measure(ranks: Ranks, report: Report) -> None:
+    """One row a site."""
+    sites = ranks.settings.listed((ranks.settings.backward_rows,))
+    report.plan("backward", [f"{site.shape} {site.name} {site.rows}" for site in sites])
+    budget = Budget(ranks.settings.seconds)
+    for index, site in enumerate(sites):
+        if (left := budget.left()) <= 0:
+            return
+        product = Product(site, ranks)
+        ranks.alive(f"backward {product.title()}")
+        report.add("backward", product.title(), _row(product, left / (len(sites) - index)))
+        del product
+
+
+def _row(product: Product, seconds: float) -> dict[str, Any]:
+    calls = {"gemm": _plain(product), "nccl": _by_hand(product), "ours": _through_autograd(product)}
+    product.warm_up(calls)
+    difference = _difference(product, calls["ours"], calls["nccl"])
+    modes = {
+        "launch_free": launch_free(calls, product.ranks, seconds=seconds / 2, sets=product.count),
+        "host_issued": host_issued(calls, product.ranks, seconds=seconds / 4, sets=product.count),
+    }
+    ms = {mode: {name: t.summary() for name, t in measured.items()} for mode, measured in modes.items()}
+    return product.describe() | {
+        "difference": difference,
+        "ms": ms,
+        "G": {mode: round(s["gemm"]["median"] / s["ours"]["median"], 4) for mode, s in ms.items()},
+        "over_nccl": {mode: round(s["nccl"]["median"] / s["ours"]["median"], 4) for mode, s in ms.items()},
+    }
+
+
+def _plain(product: Product) -> Call:
+    def call(number: int) -> tuple[Tensor, Tensor]:
+        inputs = product.sets[number]
+        return systems.plain_backward(inputs.x_full.detach(), inputs.w.detach(), inputs.dy_full)
+
+    return call
+
+
+def _by_hand(product: Product) -> Call:
+    group = product.ranks.collective
+
+    def column(number: int) -> tuple[Tensor, Tensor]:
+        inputs = product.sets[number]
+        x, w, dy = inputs.x.detach(), inputs.w.detach(), inputs.dy
+        dx = systems.scatter_tensor(torch.mm(dy, w), group)
+        return dx, torch.mm(dy.t(), systems.gather_tensor(x, group))
+
+    def row(number: int) -> tuple[Tensor, Tensor]:
+        inputs = product.sets[number]
+        dy = systems.gather_tensor(inputs.dy, group)
+        return systems.plain_backward(inputs.x.detach(), inputs.w.detach(), dy)
+
+    return column if product.site.style == "column" else row
+
+
+def _through_autograd(product: Product) -> Call:
+    forward = product.ours()
+    graphs = [forward(number) for number in range(product.count)]
+
+    def call(number: int) -> tuple[Tensor, ...]:
+        inputs = product.sets[number]
+        return torch.autograd.grad(graphs[number], (inputs.x, inputs.w), inputs.dy, retain_graph=True)
+
+    return call
+
+
+def _difference(product: Product, ours: Call, theirs: Call) -> dict[str, float]:
+    """Relative, of dx and dw, on the worst rank; RuntimeError if they are not the same gradients."""
+    own = [
+        float((mine.float() - other.float()).norm() / other.float().norm())
+        for mine, other in zip(ours(0), theirs(0), strict=True)
+    ]
+    worst = product.ranks.slowest(torch.tensor(own, dtype=torch.float64)).tolist()
+    for name, value in zip(("dx", "dw"), worst, strict=True):
+        if not value <= TOLERANCE:
+            raise RuntimeError(f"{product.title()}: {name} is off by {value:.2g} from NCCL and cuBLAS")
+    return {name: round(value, 6) for name, value in zip(("dx", "dw"), worst, strict=True)}
