@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashtrain.comm import chunked, ops, transport
+from flashtrain.comm import chunked, ops, transport, tune
 from flashtrain.comm.schedule import split_rows
 from flashtrain.comm.transport.group import GroupTransport
 from flashtrain.comm.transport.nvlink import NvlinkTransport
@@ -163,6 +163,26 @@ def chunked_product(x: Tensor, w: Tensor) -> Tensor:
     out = torch.empty(x.shape[0], w.shape[0], dtype=x.dtype, device="cuda")
     chunked.product(x, w, out)
     return out
+
+
+def tuned(rank: int, world: int, cache: str) -> tuple[float, list[str]]:
+    """Largest relative error of tuned products, and the kept choices after measuring them once and twice."""
+    os.environ["XDG_CACHE_HOME"] = cache
+    group, _ = start(rank, tune=True)
+    worst, kept = 0.0, []
+    for _ in range(2):
+        for rows, inputs, outputs in ((1024, 512, 768), (1000, 264, 520)):
+            found = both_layers(group, rank, world, (rows, inputs, outputs), torch.bfloat16)
+            counts = split_rows(rows, world)
+            x = torch.cat([draw(c, counts[c], inputs, dtype=torch.bfloat16) for c in range(world)]).double()
+            exact = x @ draw(10 + rank, outputs, inputs, dtype=torch.bfloat16).double().t()
+            worst = max(worst, float((found["y False"].double() - exact).norm() / exact.norm()))
+        dist.barrier()
+        kept.append((tune.folder() / "tuned.json").read_text())
+        # Made anew, from what is kept.
+        transport.configure(transport.settings())
+    stop()
+    return worst, kept
 
 
 def bits(rank: int, world: int, kind: str, subchunks: int) -> int:

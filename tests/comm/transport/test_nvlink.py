@@ -1,5 +1,7 @@
 """The nvlink transport on real GPUs; what can be seen without one is in test_nvlink_on_threads.py."""
 
+from pathlib import Path
+
 import pytest
 import torch
 
@@ -28,6 +30,16 @@ def test_bits_of_fused_products_are_those_of_their_kernel_on_whole_operands(
     world: int, subchunks: int
 ) -> None:
     assert min(run_distributed(gpu_ranks.fused_bits, world, subchunks, timeout=150)) > 60
+
+
+@pytest.mark.parametrize("world", WORLDS)
+def test_the_tuner_measures_once_and_every_rank_takes_the_same_way(world: int, tmp_path: Path) -> None:
+    answers = run_distributed(gpu_ranks.tuned, world, str(tmp_path), timeout=300)
+    (once, twice) = answers[0][1]
+    assert once == twice
+    assert once.count("all_gather") >= 2
+    assert once.count("reduce_scatter") >= 2
+    assert max(error for error, _ in answers) < 4e-3
 
 
 @pytest.mark.parametrize("world", WORLDS)
