@@ -132,7 +132,9 @@ def _row_groups(path: str, stamp: tuple[int, int], size: int) -> Iterator[Piece]
 def _below(folder: Path) -> Iterator[Path]:
     for place, names, files in os.walk(folder, onerror=_refuse):
         names[:] = [name for name in names if not name.startswith(".")]
-        yield from (Path(place, name) for name in files if not name.startswith(".") and _kind(Path(name)))
+        # A plain .json file that nobody named is more often a table of settings than JSON lines.
+        wanted = (name for name in files if not name.startswith(".") and not name.endswith(".json"))
+        yield from (Path(place, name) for name in wanted if _kind(Path(name)))
 
 
 def _refuse(error: OSError) -> None:

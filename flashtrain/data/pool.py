@@ -45,9 +45,7 @@ def each(work: Work, shards: Mapping[str, Shard], workers: int, advance: Callabl
     if not missing:
         return
     processes = min(workers, len(missing))
-    # Not fork: the tokenizer's threads do not survive one. Not spawn: every worker would import anew.
-    context = multiprocessing.get_context("forkserver")
-    context.set_forkserver_preload([__name__, "tokenizers"])
+    context = multiprocessing.get_context("spawn")  # threads of the tokenizer do not survive a fork
     consumed, stop = context.Value("q", 0), context.Event()
     with ProcessPoolExecutor(
         processes, context, _start, (work, max(1, workers // processes), consumed, stop)
