@@ -102,7 +102,8 @@ def _pieces(file: Path, size: int) -> Iterator[Piece]:
             pass
     except OSError as error:
         raise UserError(f"input {file} cannot be read: {error.strerror}") from None
-    path, stamp = str(file.resolve()), (status.st_size, status.st_mtime_ns)
+    # Not resolved: a link, as in a cache of downloads, may have the ending that its target lacks.
+    path, stamp = str(file.absolute()), (status.st_size, status.st_mtime_ns)
     if kind == "parquet":
         yield from _row_groups(path, stamp, size)
     elif kind == "text" or file.suffix in COMPRESSED:

@@ -22,13 +22,13 @@ from flashtrain.data.pool import Work, each
 from flashtrain.data.tokenizer import BYTES, Tokenizer, load_tokenizer
 from flashtrain.errors import UserError
 
-TOKENS, SUMMARY, DAMAGED = "tokens", "prepared.json", "damaged.txt"
+TOKENS, SUMMARY, DAMAGED = "tokens", "prepared.json", "damaged.log"
 _PARTS, _LOCK = "parts", ".lock"
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """What a prepared set holds. ``damaged`` records were skipped; damaged.txt beside the set names them.
+    """What a prepared set holds. ``damaged`` records were skipped; damaged.log beside the set names them.
 
     ``tokenizer`` is "bytes", or the name of the folder's own tokenizer.json. ``plan`` is a digest of the
     inputs and of all settings that the set depends on.

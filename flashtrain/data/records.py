@@ -10,7 +10,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from flashtrain.data.extra import require
-from flashtrain.data.inputs import Piece
+from flashtrain.data.inputs import COMPRESSED, Piece
 from flashtrain.errors import UserError
 
 MAX_LINE = 256 << 20  # bytes; a longer line is damage, since a line must fit into memory
@@ -97,7 +97,7 @@ class Reader:
                 stream.seek(self.piece.first - 1)
                 self._skip_line(stream)
             # Positions in a compressed stream are those of its text, and the piece is the whole file.
-            last = self.piece.last if self.piece.path.endswith((".jsonl", ".ndjson", ".json")) else None
+            last = None if self.piece.path.endswith(COMPRESSED) else self.piece.last
             while last is None or stream.tell() < last:
                 try:
                     line = stream.readline(MAX_LINE)

@@ -73,6 +73,11 @@ def test_compressed_members_follow_each_other(tmp_path: Path) -> None:
         path = tmp_path / f"x.jsonl{ending}"
         path.write_bytes(b"".join(map(COMPRESS[ending], lines)) + (b"\0" * 9 if ending == ".gz" else b""))
         assert [item.text for item in read(path) if isinstance(item, Text)] == ["one", "two", "three"]
+        path.rename(tmp_path / "blob")
+        path.symlink_to(tmp_path / "blob")  # as a cache of downloads has it
+        assert len(read(path)) == 3
+        (tmp_path / "blob").unlink()
+        path.unlink()
 
 
 BAD_LINES = {
