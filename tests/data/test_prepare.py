@@ -189,6 +189,26 @@ def test_damage_is_refused_or_skipped_and_named(folder: Path, tmp_path: Path) ->
         prepare([str(source), str(bad_text)], out, "bytes", workers=1, shard_bytes=2000)
 
 
+def test_half_a_document_is_taken_back(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("flashtrain.data.records._BLOCK", 50)
+    monkeypatch.setattr("flashtrain.data.parts._BATCH_TEXTS", 1)
+    names = []
+    for name, data in (
+        ("a", b"whole\n"),
+        ("b", b"word\n" * 90 + b"\xff"),
+        ("c", b"x\n" * 90 + b"\0\n" + b"y\n" * 90),
+    ):
+        (tmp_path / f"{name}.txt").write_bytes(data)
+        names.append(tmp_path / f"{name}.txt")
+    (tmp_path / "d.txt").write_bytes(b"end")
+    (shard,) = inputs.shards([*names, tmp_path / "d.txt"])
+    part = parts.make(shard, "key", tmp_path, ByteTokenizer(), "text", "skip", lambda size: None)
+    tokens = np.fromfile(tmp_path / "key.bin", dtype="<u2")
+    assert bytes(tokens.astype(np.uint8)) == b"whole\n\0end\0"
+    assert (part.documents, part.tokens) == (2, 11)
+    assert [len(stretch.damaged) for stretch in part.stretches] == [0, 1, 1, 0]
+
+
 def test_parts_with_damage_are_not_taken_where_damage_is_refused(tmp_path: Path) -> None:
     source = tmp_path / "x.jsonl"
     source.write_text('{"text": "a"}\n{bad\n')
