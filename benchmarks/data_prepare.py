@@ -92,6 +92,10 @@ def _compare(source: Path, tokenizer: Path, workers: int, repeats: int) -> dict:
     shares = []
     with tempfile.TemporaryDirectory() as folder:
         outs = {name: Path(folder, name) for name in rows}
+        one = Path(folder, "one.jsonl")
+        with source.open(encoding="utf-8") as stream:
+            one.write_text(stream.readline(), encoding="utf-8")
+        start = {name: _run(name, one, tokenizer, outs[name], workers) for name in rows}
         for repeat in range(repeats + 1):
             others, spent = machine.Others(), 0.0
             for name in rows:
@@ -117,6 +121,7 @@ def _compare(source: Path, tokenizer: Path, workers: int, repeats: int) -> dict:
     return {
         "workers": workers,
         "repeats": repeats,
+        "start": start,  # the same on the first line alone: imports, processes, loading the tokenizer
         "median": medians,
         "megabytes_per_s": {name: size / 1e6 / medians[name]["seconds"] for name in medians},
         "megatron_over_flashtrain": ratios,

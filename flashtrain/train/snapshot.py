@@ -103,6 +103,7 @@ def load_tokenizer_of(path: Path, config: dict[str, Any]) -> Tokenizer:
     folder = path.resolve().parent.parent
     if (folder / TOKENIZER).is_file():
         return load_tokenizer(folder)
-    if config["data"].get("tokenizer", BYTES) != BYTES:
-        raise UserError(f"{folder / TOKENIZER} is missing: copy it from {config['data']['tokenizer']}")
+    used = config.get("data", {}).get("tokenizer", BYTES)
+    if used != BYTES:
+        raise UserError(f"{folder / TOKENIZER} is missing: copy it from {used}")
     return load_tokenizer(BYTES)
