@@ -78,6 +78,9 @@ def version() -> str:
     return found.group(1)
 
 
+# Preparing data, and training on it with a tokenizer other than bytes.
+DATA = ["tokenizers>=0.21", "zstandard", "pyarrow"]
+
 setup(
     name="flashtrain",
     version=version(),
@@ -112,7 +115,12 @@ setup(
         "packaging",
     ],
     extras_require={
+        "data": DATA,
         "dev": [
+            *DATA,
+            # What it writes is read here and the other way round; transformers loads our tokenizers.
+            "megatron-core>=0.16",
+            "transformers",
             "pytest",
             "hypothesis",
             "psutil",
@@ -121,7 +129,7 @@ setup(
             "pre-commit",
             # CPU builds of torch come without it; the kernels are tested in its interpreter.
             "triton>=3.6; platform_system == 'Linux'",
-        ]
+        ],
     },
     entry_points={"console_scripts": ["flashtrain = flashtrain.launch.main:main"]},
     zip_safe=False,

@@ -17,6 +17,7 @@ from flashtrain.errors import TransportError, UserError
 # Each is a module beside this one with ``add_parser(subparsers)``, imported only when it is asked for.
 COMMANDS = {
     "train": "train a model from a recipe",
+    "data": "turn text into token files, train a tokenizer",
     "sample": "continue a prompt with the model of a checkpoint",
     "schedule": "print and draw a communication schedule",
     "doctor": "report what this machine has and which paths training would take",
@@ -65,7 +66,12 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
 
 
 def _options(parser: argparse.ArgumentParser) -> list[str]:
-    return [option for action in parser._actions for option in action.option_strings]
+    """Options of a parser and of the actions below it."""
+    found = [option for action in parser._actions for option in action.option_strings]
+    for action in parser._actions:
+        if isinstance(action, argparse._SubParsersAction):
+            found += [option for below in action.choices.values() for option in _options(below)]
+    return found
 
 
 def report(error: BaseException | str) -> None:

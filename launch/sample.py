@@ -18,12 +18,12 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the prompt and what follows it."""
-    from flashtrain.data import ByteTokenizer
     from flashtrain.models.generate import generate
     from flashtrain.train import snapshot
 
-    model, config = snapshot.load_model(snapshot.find(args.checkpoint))
-    tokenizer = ByteTokenizer()
+    checkpoint = snapshot.find(args.checkpoint)
+    model, config = snapshot.load_model(checkpoint)
+    tokenizer = snapshot.load_tokenizer_of(checkpoint, config)
     tokens = generate(
         model,
         tokenizer.encode(args.prompt),

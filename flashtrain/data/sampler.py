@@ -4,11 +4,15 @@ No rank, batch size or earlier sample enters, so a run on two ranks, on one, and
 same samples in the same order.
 """
 
+from typing import TYPE_CHECKING, Any
+
 import numpy as np
-import torch
-from torch import Tensor
 
 from flashtrain.errors import UserError
+
+# Preparing data takes no torch, and its worker processes should not wait for the import.
+if TYPE_CHECKING:
+    from torch import Tensor
 
 
 class Windows:
@@ -17,12 +21,13 @@ class Windows:
     An epoch holds ``count`` windows, which cut a stretch of the tokens without overlap; sample ``index``
     is window ``permutation(index % count)`` of epoch ``index // count``. The stretch starts at an offset
     drawn for each epoch, so that epochs see different cuts; at the most ``2 * length`` tokens at both
-    ends together sit an epoch out. ``tokens`` is a 1-D integer array, kept by reference.
+    ends together sit an epoch out. ``tokens`` is a 1-D integer array, kept by reference, or what gives one
+    for every slice.
 
     Raises UserError if there are not ``length + 1`` tokens, or if seed or length is out of range.
     """
 
-    def __init__(self, tokens: np.ndarray, length: int, seed: int) -> None:
+    def __init__(self, tokens: Any, length: int, seed: int) -> None:
         _check(tokens, length)
         if not 0 <= seed < 2**64:
             raise UserError(f"data seed {seed} is out of range: give a whole number from 0 to 2**64 - 1")
@@ -43,17 +48,23 @@ class Windows:
         offset, order = self._epoch(index // self.count)
         return offset + int(order[index % self.count]) * self.length
 
-    def sample(self, index: int) -> Tensor:
+    def read(self, index: int) -> np.ndarray:
         """Sample ``index``, counted over all ranks and epochs: int64 ``[length + 1]``."""
         return _cut(self.tokens, [self.start(index)], self.length)[0]
 
-    def batch(self, first_index: int, count: int) -> tuple[Tensor, Tensor]:
+    def sample(self, index: int) -> "Tensor":
+        """As ``read``, as a tensor ``[length + 1]``."""
+        import torch
+
+        return torch.from_numpy(self.read(index))
+
+    def batch(self, first_index: int, count: int) -> tuple["Tensor", "Tensor"]:
         """Samples ``first_index`` to ``first_index + count`` as (inputs, targets), int64 ``[count, length]``.
 
         Targets are the inputs moved on by one token. Both are contiguous.
         """
         starts = [self.start(first_index + i) for i in range(count)]
-        return _inputs_and_targets(_cut(self.tokens, starts, self.length))
+        return inputs_and_targets(_cut(self.tokens, starts, self.length))
 
     def _epoch(self, epoch: int) -> tuple[int, np.ndarray]:
         """Offset and permutation of an epoch, from Philox keyed by seed and epoch.
@@ -72,7 +83,7 @@ class Windows:
         return self._epochs[epoch]
 
 
-def evaluation_windows(tokens: np.ndarray, length: int, count: int) -> tuple[Tensor, Tensor]:
+def evaluation_windows(tokens: Any, length: int, count: int) -> tuple["Tensor", "Tensor"]:
     """Fixed, evenly spaced windows as (inputs, targets), int64 ``[windows, length]``.
 
     Targets are the inputs moved on by one token. The windows never overlap, so there are fewer than
@@ -85,10 +96,10 @@ def evaluation_windows(tokens: np.ndarray, length: int, count: int) -> tuple[Ten
     count = min(count, (len(tokens) - 1) // length)
     last = len(tokens) - length - 1
     starts = [last * i // (count - 1) if count > 1 else 0 for i in range(count)]
-    return _inputs_and_targets(_cut(tokens, starts, length))
+    return inputs_and_targets(_cut(tokens, starts, length))
 
 
-def _check(tokens: np.ndarray, length: int) -> None:
+def _check(tokens: Any, length: int) -> None:
     if tokens.ndim != 1 or not np.issubdtype(tokens.dtype, np.integer):
         raise ValueError(f"tokens must be a 1-D integer array, not {tokens.dtype} {list(tokens.shape)}")
     if length < 1:
@@ -100,12 +111,16 @@ def _check(tokens: np.ndarray, length: int) -> None:
         )
 
 
-def _cut(tokens: np.ndarray, starts: list[int], length: int) -> Tensor:
+def _cut(tokens: Any, starts: list[int], length: int) -> np.ndarray:
     windows = np.empty((len(starts), length + 1), dtype=np.int64)
     for row, start in enumerate(starts):
         windows[row] = tokens[start : start + length + 1]
-    return torch.from_numpy(windows)
+    return windows
 
 
-def _inputs_and_targets(windows: Tensor) -> tuple[Tensor, Tensor]:
-    return windows[:, :-1].contiguous(), windows[:, 1:].contiguous()
+def inputs_and_targets(windows: np.ndarray) -> tuple["Tensor", "Tensor"]:
+    """Windows ``[count, length + 1]`` as two contiguous tensors ``[count, length]``, one token apart."""
+    import torch
+
+    both = torch.from_numpy(windows)
+    return both[:, :-1].contiguous(), both[:, 1:].contiguous()

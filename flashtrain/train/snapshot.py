@@ -10,6 +10,7 @@ from torch import Tensor, nn
 
 from flashtrain import config as configs
 from flashtrain.checkpoint import CheckpointStore, Manifest
+from flashtrain.data.tokenizer import BYTES, TOKENIZER, Tokenizer, load_tokenizer
 from flashtrain.errors import UserError
 from flashtrain.models.decoder import Decoder
 from flashtrain.train.optimizer import AdamW
@@ -92,3 +93,17 @@ def load_model(path: Path) -> tuple[Decoder, dict[str, Any]]:
     model.to(getattr(torch, config["train"]["dtype"]))
     store.load(path, {"model": {name: p.detach() for name, p in model.named_parameters()}})
     return model.eval(), config
+
+
+def load_tokenizer_of(path: Path, config: dict[str, Any]) -> Tokenizer:
+    """The tokenizer of the run that saved checkpoint ``path``: the run's folder holds its tokenizer.json.
+
+    Raises UserError if the run used one and it is gone.
+    """
+    folder = path.resolve().parent.parent
+    if (folder / TOKENIZER).is_file():
+        return load_tokenizer(folder)
+    used = config.get("data", {}).get("tokenizer", BYTES)
+    if used != BYTES:
+        raise UserError(f"{folder / TOKENIZER} is missing: copy it from {used}")
+    return load_tokenizer(BYTES)

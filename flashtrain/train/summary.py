@@ -13,7 +13,6 @@ from rich.panel import Panel
 from rich.table import Table
 from rich.text import Text
 
-from flashtrain.data import ByteTokenizer
 from flashtrain.metrics import StepMetrics
 from flashtrain.models.generate import generate
 from flashtrain.train import snapshot
@@ -82,7 +81,7 @@ class Summary:
 
     def _sample(self) -> str:
         model, config = snapshot.load_model(self.checkpoint)
-        tokenizer = ByteTokenizer()
+        tokenizer = snapshot.load_tokenizer_of(self.checkpoint, config)
         prompt = tokenizer.encode(PROMPT)
         tokens = generate(
             model, prompt, SAMPLE_TOKENS, context=config["train"]["sequence"], temperature=0.7, seed=0

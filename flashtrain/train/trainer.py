@@ -1,7 +1,7 @@
 """The training loop: what runs in which order. The step, side effects and storage stand beside it."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -12,7 +12,9 @@ from flashtrain import config as configs
 from flashtrain.checkpoint import CheckpointStore
 from flashtrain.comm import transport
 from flashtrain.comm.transport.base import clock
-from flashtrain.data import ByteTokenizer, Corpus, Windows, evaluation_windows, unigram_entropy
+from flashtrain.data import Corpus, PreparedData, open_source
+from flashtrain.data.source import HeldOut, resolved
+from flashtrain.data.tokenizer import keep_tokenizer
 from flashtrain.errors import TransportError, UserError
 from flashtrain.metrics import StepMetrics, peak_flops, peak_memory, training_flops_per_token
 from flashtrain.models.decoder import Decoder
@@ -33,14 +35,14 @@ CONFIG = "config.toml"
 
 
 class Trainer:
-    """Trains a decoder on text. Made and run once, on every rank."""
+    """Trains a decoder on text or prepared sets. Made and run once, on every rank."""
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
         """All that decides what a run computes. ``parallel`` and ``comm`` only decide how."""
 
         model: Decoder.Config = field(default_factory=Decoder.Config)
-        data: Corpus.Config = field(default_factory=Corpus.Config)
+        data: Corpus.Config | PreparedData.Config = field(default_factory=Corpus.Config)
         train: Training = field(default_factory=Training)
         optimizer: AdamW.Config = field(default_factory=AdamW.Config)
         parallel: Degrees = field(default_factory=Degrees)
@@ -55,18 +57,17 @@ class Trainer:
             self.optimizer.validate()
             self.comm.validate()
             self.checkpoint.validate()
-            tokenizer = ByteTokenizer()
-            if self.model.vocabulary < tokenizer.vocab_size:
+            source = open_source(self.data)
+            if self.model.vocabulary < source.tokenizer.vocab_size:
                 raise UserError(
                     f"model.vocabulary is {self.model.vocabulary}; it must be at least the tokenizer's "
-                    f"{tokenizer.vocab_size}"
+                    f"{source.tokenizer.vocab_size}"
                 )
-            corpus = Corpus(self.data, tokenizer)
-            for split in ("train", "held_out"):
-                evaluation_windows(corpus.split(split), self.train.sequence, 1)
+            source.samples(self.train.sequence, self.train.seed)
+            source.held_out(self.train.sequence, 1)
 
     def __init__(self, config: Config, out: Path) -> None:
-        self.config, self.out = config, Path(out)
+        self.config, self.out = replace(config, data=resolved(config.data)), Path(out)
 
     def run(self) -> None:
         """Train to the last step, going on from the latest checkpoint in ``out`` if there is one.
@@ -95,10 +96,10 @@ class Trainer:
         config, train = self.config, self.config.train
         self.device = device
         self.mesh = meshes.build(config.parallel, device.type)
-        self.corpus = Corpus(config.data, ByteTokenizer())
-        self.samples = Windows(self.corpus.split("train"), train.sequence, train.seed)
-        held_out = self.corpus.split("held_out")
-        self.unigram_entropy = unigram_entropy(held_out)
+        self.source = open_source(config.data)
+        self.samples = self.source.samples(train.sequence, train.seed)
+        held_out = self.source.held_out(train.sequence, train.evaluation_windows)
+        self.unigram_entropy = held_out.unigram_entropy
         self.held_out = self._evaluation_batches(held_out)
 
         self.model = Decoder(config.model, torch.Generator().manual_seed(train.seed))
@@ -139,10 +140,11 @@ class Trainer:
     def _describe(self, first_step: int) -> Run:
         description = (
             f"{self.parameter_count / 1e6:.2f} M parameters; {ranks.describe(self.mesh, self.device)}; "
-            f"{self.corpus.describe()}"
+            f"{self.source.describe()}"
         )
         if dist.get_rank() == 0:
             self.out.mkdir(parents=True, exist_ok=True)
+            keep_tokenizer(self.source.tokenizer, self.out)
             configs.save(self.config, self.out / CONFIG)
         text = (self.out / CONFIG).read_text() if dist.get_rank() == 0 else ""
         return Run(self.out, first_step, self.config.train.steps, text, description)
@@ -184,14 +186,13 @@ class Trainer:
         """``[B, S]`` as the sampler gives it -> ``[S, B]`` as the model takes it."""
         return tokens.t().contiguous().to(self.device), targets.t().contiguous().to(self.device)
 
-    def _evaluation_batches(self, held_out) -> list[Batch]:  # type: ignore[no-untyped-def]
+    def _evaluation_batches(self, held_out: HeldOut) -> list[Batch]:
         """This data rank's share of the held-out windows, in batches of the training step's size."""
         train, degree = self.config.train, self.config.parallel.data
-        tokens, targets = evaluation_windows(held_out, train.sequence, train.evaluation_windows)
-        share = max(1, len(tokens) // degree)
+        share = max(1, len(held_out.inputs) // degree)
         size = train.batch // (degree * train.accumulate)
         first = self.mesh[DATA].get_local_rank() * share
-        mine = [part[first : first + share].split(size) for part in (tokens, targets)]
+        mine = [part[first : first + share].split(size) for part in (held_out.inputs, held_out.targets)]
         return [self._on_device(*batch) for batch in zip(*mine, strict=True)]
 
     @torch.no_grad()
