@@ -112,6 +112,8 @@ setup(
         "packaging",
     ],
     extras_require={
+        # To load what ``flashtrain convert ft2hf`` writes; converting itself needs safetensors alone.
+        "hf": ["transformers>=4.51", "tokenizers"],
         "dev": [
             "pytest",
             "hypothesis",
@@ -119,6 +121,8 @@ setup(
             "ruff",
             "mypy",
             "pre-commit",
+            "transformers>=4.51",
+            "tokenizers",
             # CPU builds of torch come without it; the kernels are tested in its interpreter.
             "triton>=3.6; platform_system == 'Linux'",
         ]

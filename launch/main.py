@@ -17,6 +17,7 @@ from flashtrain.errors import TransportError, UserError
 # Each is a module beside this one with ``add_parser(subparsers)``, imported only when it is asked for.
 COMMANDS = {
     "train": "train a model from a recipe",
+    "convert": "convert models from and to Hugging Face",
     "sample": "continue a prompt with the model of a checkpoint",
     "schedule": "print and draw a communication schedule",
     "doctor": "report what this machine has and which paths training would take",
