@@ -125,7 +125,7 @@ setup(
             "tokenizers",
             # CPU builds of torch come without it; the kernels are tested in its interpreter.
             "triton>=3.6; platform_system == 'Linux'",
-        ]
+        ],
     },
     entry_points={"console_scripts": ["flashtrain = flashtrain.launch.main:main"]},
     zip_safe=False,

@@ -75,8 +75,11 @@ def resolve(args: argparse.Namespace) -> "Trainer.Config":
 def _model(init_from: Path, out: Path) -> Any:
     """The config of the model in ``init_from``, or of the run in ``out`` that has left it behind."""
     from flashtrain.checkpoint import CheckpointStore
+    from flashtrain.checkpoint.manifest import MANIFEST
     from flashtrain.train import snapshot
 
+    if (out / MANIFEST).exists():
+        raise UserError(f"{out} is a checkpoint itself: choose another --out")
     own = CheckpointStore(out / snapshot.CHECKPOINTS).latest()
     return snapshot.model_config(own or snapshot.find(init_from))
 
