@@ -8,6 +8,7 @@ import shutil
 from collections.abc import Sequence
 from pathlib import Path
 
+from flashtrain.checkpoint.directory import POINTER
 from flashtrain.checkpoint.files import (
     is_plain_file,
     make_directory,
@@ -17,7 +18,6 @@ from flashtrain.checkpoint.files import (
     write_new,
 )
 from flashtrain.errors import UserError
-from flashtrain.train.snapshot import CHECKPOINTS
 
 FOLDER = "hf"
 FAST = "PreTrainedTokenizerFast"
@@ -39,10 +39,15 @@ ALL = (CONFIG, GENERATION, *TOKENIZER)
 
 def find(checkpoint: Path) -> Path | None:
     """The folder of the files that came with ``checkpoint``, if any did."""
-    places = [checkpoint / FOLDER]
-    if checkpoint.absolute().parent.name == CHECKPOINTS:
-        places.append(checkpoint.absolute().parent.parent / FOLDER)
+    run = run_of(checkpoint)
+    places = [checkpoint / FOLDER] if run is None else [checkpoint / FOLDER, run / FOLDER]
     return next((place for place in places if place.is_dir() and not place.is_symlink()), None)
+
+
+def run_of(checkpoint: Path) -> Path | None:
+    """The folder of the run that saved ``checkpoint``, or None if it does not lie in one."""
+    saved = checkpoint.absolute().parent
+    return saved.parent if (saved / POINTER).is_file() else None
 
 
 def copy(source: Path, target: Path, names: Sequence[str], links: bool = False) -> list[str]:

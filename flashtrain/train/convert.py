@@ -15,7 +15,7 @@ from torch import Tensor
 from flashtrain import config as configs
 from flashtrain.checkpoint import CheckpointStore, Manifest, TensorEntry, whole
 from flashtrain.checkpoint.blocks import Block
-from flashtrain.checkpoint.files import new_directory, write_new
+from flashtrain.checkpoint.files import is_plain_file, new_directory, write_new
 from flashtrain.checkpoint.integrity import check_files, check_hashes, sync_and_hash
 from flashtrain.checkpoint.manifest import MANIFEST
 from flashtrain.checkpoint.ranks import Ranks
@@ -110,15 +110,14 @@ def to_hf(
     if {name: entry.shape for name, entry in entries.items()} != {w.name: w.shape for w in weights}:
         raise UserError(f"checkpoint {checkpoint} does not hold the tensors of the model in its own config")
     kept = dtype or _one_dtype(checkpoint, {entry.dtype: name for name, entry in entries.items()})
-    came = carried.find(checkpoint)
-    text = _config_text(came, config, kept, manifest.meta["config"]["train"]["sequence"])
+    text = _config_text(carried.find(checkpoint), config, kept, manifest.meta["config"]["train"]["sequence"])
     check_files(checkpoint, manifest, [_SET])
     check_hashes(checkpoint, manifest, [name for name in manifest.files if name.startswith(f"{_SET}/")])
     sizes = [whole.bytes_of(TensorEntry(weight.shape, kept)) for weight in weights]
     groups = whole.split(sizes, file_bytes)
     content: dict[str, list[str]] = {}
     with new_directory(out) as temporary:
-        along = _carry(came, tokenizer, temporary)
+        along = _carry(checkpoint, tokenizer, temporary)
         for name, group in zip(whole.file_names(len(groups)), groups, strict=True):
             chosen = {weights[position].name: weights[position] for position in group}
             packed = _read(checkpoint, {name: entries[name] for name in chosen})
@@ -189,7 +188,7 @@ def _one_dtype(where: Path, found: Mapping[str, str]) -> str:
 
 def _settings(config: Decoder.Config, dtype: str, context: int) -> dict[str, Any]:
     """What a checkpoint of a run says of its run, as far as it goes for weights that no run has trained."""
-    return {"model": configs.to_dict(config), "train": {"dtype": dtype, "sequence": context}}
+    return {"model": configs.to_dict(config), "data": {}, "train": {"dtype": dtype, "sequence": context}}
 
 
 def _read(checkpoint: Path, entries: dict[str, TensorEntry]) -> dict[str, Tensor]:
@@ -211,10 +210,15 @@ def _config_text(came: Path | None, config: Decoder.Config, dtype: str, context:
     return json.dumps(hf.config_to_hf(config, dtype, context, content), indent=2) + "\n"
 
 
-def _carry(came: Path | None, tokenizer: Path | None, target: Path) -> list[str]:
+def _carry(checkpoint: Path, given: Path | None, target: Path) -> list[str]:
+    """Copy the generation config and a tokenizer: the given one, else the run's own, else what came along."""
+    came, run = carried.find(checkpoint), carried.run_of(checkpoint)
     along = [] if came is None else carried.copy(came, target, [carried.GENERATION])
-    if tokenizer is not None:
-        return along + carried.copy_tokenizer(tokenizer, target)
+    if given is not None:
+        return along + carried.copy_tokenizer(given, target)
+    for place in (run, came):
+        if place is not None and is_plain_file(place / carried.TOKENIZER[0]):
+            return along + carried.copy(place, target, carried.TOKENIZER)
     return along if came is None else along + carried.copy(came, target, carried.TOKENIZER)
 
 

@@ -114,17 +114,17 @@ class Trainer:
         self.peak = peak_flops(name, dtype)
         self.model.to(device=device, dtype=dtype)
         parallelize(self.model, self.mesh)
-        self.store = CheckpointStore(self.out / snapshot.CHECKPOINTS, keep=config.checkpoint.keep)
         self._start_from(train.init_from)
         self.optimizer = AdamW(self.model, self.mesh, config.optimizer)
         self.step = TrainStep(self.model, self.mesh, self.optimizer)
+        self.store = CheckpointStore(self.out / snapshot.CHECKPOINTS, keep=config.checkpoint.keep)
 
     def _start_from(self, source: Path | None) -> None:
         """Take over the weights of ``source``, unless the run has a checkpoint of its own.
 
         Before the optimizer is made, which takes its masters from the weights.
         """
-        if source is None or self.store.latest() is not None:
+        if source is None or CheckpointStore(self.out / snapshot.CHECKPOINTS).latest() is not None:
             return
         path = snapshot.find(source)
         snapshot.load_weights(path, self.model)

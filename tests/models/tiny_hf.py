@@ -1,14 +1,10 @@
 """Tiny models of transformers with random weights, for the tests of conversion."""
 
-import os
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor
-
-os.environ["HF_HUB_OFFLINE"] = "1"
-
 from transformers import AutoModelForCausalLM, LlamaConfig, MistralConfig, PreTrainedModel, Qwen2Config
 from transformers.utils import logging
 
