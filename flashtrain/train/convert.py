@@ -61,7 +61,8 @@ def from_hf(
     stored = whole.read_folder(source)
     weights = hf.weights(config)
     _check_tensors(source, stored, weights, config)
-    kept = dtype or _one_dtype(source, {t.entry.dtype: name for name, t in stored.items()})
+    parts = [part for weight in weights for part in weight.parts]
+    kept = dtype or _one_dtype(source, {stored[part].entry.dtype: part for part in parts})
     entries = {weight.name: TensorEntry(weight.shape, kept) for weight in weights}
     groups = whole.split((whole.bytes_of(entry) for entry in entries.values()), file_bytes)
     names = [f"{_SET}/{name}" for name in whole.file_names(len(groups))]

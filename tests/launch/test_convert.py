@@ -131,16 +131,18 @@ def test_a_prompt_is_continued_by_a_converted_model(
     assert "some" in capsys.readouterr().out
 
 
-def test_what_old_versions_stored_twice_or_needlessly_is_dropped(source: Path, tmp_path: Path) -> None:
-    folder = tiny_hf.save("llama, tied and scaled", tmp_path / "hf")
-    tied = {"lm_head.weight": tensors(folder)["model.embed_tokens.weight"].clone()}
-    merge(folder, lambda t: t.update(tied | {"model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}))
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16])
+def test_what_old_versions_stored_needlessly_is_dropped(dtype: torch.dtype, tmp_path: Path) -> None:
+    """Frequencies, in fp32 whatever the model's dtype, and a tied projection beside its table."""
+    folder = tiny_hf.save("llama, tied and scaled", tmp_path / "hf", dtype)
+    table = tensors(folder)["model.embed_tokens.weight"].clone()
+    needless = {"lm_head.weight": table, "model.layers.0.self_attn.rotary_emb.inv_freq": torch.ones(4)}
+    merge(folder, lambda t: t.update(needless))
     assert command("hf2ft", folder, tmp_path / "ft") == 0
     assert command("ft2hf", tmp_path / "ft", tmp_path / "back") == 0
-    assert tensors(folder).keys() - tensors(tmp_path / "back").keys() == {
-        *tied,
-        "model.layers.0.self_attn.rotary_emb.inv_freq",
-    }
+    after = tensors(tmp_path / "back")
+    assert tensors(folder).keys() - after.keys() == needless.keys()
+    assert {tensor.dtype for tensor in after.values()} == {dtype}
 
 
 def test_a_cache_of_links_is_read(source: Path, tmp_path: Path) -> None:
