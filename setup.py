@@ -116,6 +116,8 @@ setup(
     ],
     extras_require={
         "data": DATA,
+        # To load what ``flashtrain convert ft2hf`` writes; converting itself needs safetensors alone.
+        "hf": ["transformers>=4.51", "tokenizers"],
         "dev": [
             *DATA,
             # What it writes is read here and the other way round; transformers loads our tokenizers.
@@ -127,6 +129,8 @@ setup(
             "ruff",
             "mypy",
             "pre-commit",
+            "transformers>=4.51",
+            "tokenizers",
             # CPU builds of torch come without it; the kernels are tested in its interpreter.
             "triton>=3.6; platform_system == 'Linux'",
         ],

@@ -1,6 +1,7 @@
 """Named starting points: functions that return the config of a run."""
 
 from collections.abc import Callable
+from pathlib import Path
 
 from flashtrain.models.decoder import Decoder
 from flashtrain.parallel.mesh import Degrees
@@ -20,4 +21,28 @@ def demo() -> Trainer.Config:
     )
 
 
-RECIPES: dict[str, Callable[[], Trainer.Config]] = {"demo": demo}
+def continue_pretraining() -> Trainer.Config:
+    """Go on with the model in ``train.init_from``, such as one of Hugging Face; tensor parallel over 2.
+
+    First ``flashtrain convert hf2ft SOURCE runs/base``. The learning rate is a tenth of what such models
+    are trained with from scratch, after a warm-up, since the optimizer's moments start anew.
+    """
+    return Trainer.Config(
+        train=Training(
+            steps=1000,
+            dtype="bfloat16",
+            batch=16,
+            sequence=1024,
+            evaluate_every=100,
+            init_from=Path("runs/base"),
+        ),
+        optimizer=AdamW.Config(learning_rate=3e-5, warmup=100),
+        parallel=Degrees(tensor=2),
+        checkpoint=Checkpointing(every=100),
+    )
+
+
+RECIPES: dict[str, Callable[[], Trainer.Config]] = {
+    "demo": demo,
+    "continue-pretraining": continue_pretraining,
+}

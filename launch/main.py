@@ -18,6 +18,7 @@ from flashtrain.errors import TransportError, UserError
 COMMANDS = {
     "train": "train a model from a recipe",
     "data": "turn text into token files, train a tokenizer",
+    "convert": "convert models from and to Hugging Face",
     "sample": "continue a prompt with the model of a checkpoint",
     "schedule": "print and draw a communication schedule",
     "doctor": "report what this machine has and which paths training would take",

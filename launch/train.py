@@ -2,6 +2,7 @@
 
 import argparse
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -61,9 +62,26 @@ def resolve(args: argparse.Namespace) -> "Trainer.Config":
         raise UserError(
             f"unknown recipe {args.recipe}; the nearest is {guess} (a recipe comes before settings)"
         )
-    resolved = config.resolve(recipes.RECIPES[args.recipe](), args.config, args.settings)
+    recipe = recipes.RECIPES[args.recipe]()
+    resolved = config.resolve(recipe, args.config, args.settings)
+    if resolved.train.init_from is not None:
+        # The model's settings then come from the weights, and those given here change them.
+        recipe = replace(recipe, model=_model(resolved.train.init_from, _out(args)))
+        resolved = config.resolve(recipe, args.config, args.settings)
     resolved.validate()
     return resolved
+
+
+def _model(init_from: Path, out: Path) -> Any:
+    """The config of the model in ``init_from``, or of the run in ``out`` that has left it behind."""
+    from flashtrain.checkpoint import CheckpointStore
+    from flashtrain.checkpoint.manifest import MANIFEST
+    from flashtrain.train import snapshot
+
+    if (out / MANIFEST).exists():
+        raise UserError(f"{out} is a checkpoint itself: choose another --out")
+    own = CheckpointStore(out / snapshot.CHECKPOINTS).latest()
+    return snapshot.model_config(own or snapshot.find(init_from))
 
 
 def _out(args: argparse.Namespace) -> Path:

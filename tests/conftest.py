@@ -7,6 +7,8 @@ import torch
 # Two ranks share two cores in CI: one thread each keeps timings steady and products reproducible.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)
+# Tests use no network; transformers would ask the hub about folders that lie here.
+os.environ.setdefault("HF_HUB_OFFLINE", "1")
 
 
 @pytest.fixture

@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import os
+import secrets
 import shutil
 import stat
 from collections.abc import Iterator
@@ -92,3 +93,30 @@ def sha256_of(path: Path) -> str:
     """The sha256 of a file's content, in hexadecimal."""
     with open(path, "rb") as stream:
         return hashlib.file_digest(stream, "sha256").hexdigest()
+
+
+@contextmanager
+def new_directory(path: Path) -> Iterator[Path]:
+    """A temporary sibling to fill, which gets the name ``path`` when the block ends, and not before.
+
+    The files in it must be durable by then; names are made so here. After an exception nothing is left; a
+    killed process leaves the sibling, ``.tmp-NAME-*``. Raises UserError if ``path`` exists and is not an
+    empty directory, or if it cannot be made.
+    """
+    what = f"cannot write {path}"
+    path = path.absolute()
+    with user_errors(what):
+        if os.path.lexists(path) and (path.is_symlink() or not path.is_dir() or any(path.iterdir())):
+            raise UserError(f"{path} exists already: choose another name, or remove it first")
+        make_directory(path.parent)
+        temporary = path.parent / f".tmp-{path.name}-{secrets.token_hex(4)}"
+        temporary.mkdir()
+        try:
+            yield temporary
+            for folder, _, _ in os.walk(temporary):
+                sync_directory(Path(folder))
+            os.rename(temporary, path)
+            sync_directory(path.parent)
+        finally:
+            if temporary.exists():
+                remove(temporary)

@@ -6,7 +6,7 @@ import torch
 from torch import Tensor, nn
 
 from flashtrain.errors import UserError
-from flashtrain.nn.attention import Attention, rotary_table
+from flashtrain.nn.attention import Attention, Llama3Scaling, rotary_table
 from flashtrain.nn.loss import CrossEntropy
 from flashtrain.nn.mlp import PACKING, SwiGLU
 
@@ -17,7 +17,9 @@ class Block(nn.Module):
     def __init__(self, config: "Decoder.Config") -> None:
         super().__init__()
         self.attention_norm = nn.RMSNorm(config.hidden, eps=config.norm_epsilon)
-        self.attention = Attention(config.hidden, config.heads, config.kv_heads, config.head_dim)
+        self.attention = Attention(
+            config.hidden, config.heads, config.kv_heads, config.head_dim, config.qkv_bias
+        )
         self.mlp_norm = nn.RMSNorm(config.hidden, eps=config.norm_epsilon)
         self.mlp = SwiGLU(config.hidden, config.mlp_width)
 
@@ -35,7 +37,10 @@ class Decoder(nn.Module):
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """``mlp_width`` is a multiple of 64; ``kv_heads`` divides ``heads``, and ``heads`` ``hidden``."""
+        """``mlp_width`` is a multiple of 64; ``kv_heads`` divides ``heads``, and ``heads`` ``hidden``.
+
+        ``tied_embeddings``: the output projection is the embedding's table.
+        """
 
         vocabulary: int = 256
         hidden: int = 256
@@ -44,7 +49,10 @@ class Decoder(nn.Module):
         kv_heads: int = 4
         mlp_width: int = 704
         rope_theta: float = 10_000.0
+        rope_scaling: Llama3Scaling | None = None
         norm_epsilon: float = 1e-5
+        qkv_bias: bool = False
+        tied_embeddings: bool = False
 
         @property
         def head_dim(self) -> int:
@@ -63,12 +71,28 @@ class Decoder(nn.Module):
                 raise UserError(
                     f"model.hidden / model.heads is {self.head_dim}; rotary positions need it even"
                 )
+            self._validate_positions()
             for name, parts in (
                 ("model.kv_heads", self.kv_heads),
                 ("model.vocabulary", self.vocabulary),
                 (f"model.mlp_width / {PACKING}", self.mlp_width // PACKING),
             ):
                 _must_divide(name, parts, "parallel.tensor", tensor_degree)
+
+        def _validate_positions(self) -> None:
+            """Raise UserError for a base or a scaling that gives no frequencies."""
+            scaling = self.rope_scaling
+            above_zero = {"rope_theta": self.rope_theta, "norm_epsilon": self.norm_epsilon}
+            if scaling is not None:
+                above_zero |= {f"rope_scaling.{name}": value for name, value in vars(scaling).items()}
+            for name, value in above_zero.items():
+                if not value > 0:
+                    raise UserError(f"model.{name} is {value}; it must be above 0")
+            if scaling is not None and not scaling.low_freq_factor < scaling.high_freq_factor:
+                raise UserError(
+                    f"model.rope_scaling.low_freq_factor is {scaling.low_freq_factor}; it must be below "
+                    f"high_freq_factor {scaling.high_freq_factor}"
+                )
 
     def __init__(self, config: Config, generator: torch.Generator | None = None) -> None:
         config.validate()
@@ -78,6 +102,8 @@ class Decoder(nn.Module):
         self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.hidden, eps=config.norm_epsilon)
         self.head = nn.Linear(config.hidden, config.vocabulary, bias=False)
+        if config.tied_embeddings:
+            self.head.weight = self.embedding.weight
         self.loss = CrossEntropy()
         self._initialise(generator)
 
@@ -91,10 +117,15 @@ class Decoder(nn.Module):
                 writes_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
                 scale = (2 * self.config.layers) ** -0.5 if writes_residual else 1.0
                 nn.init.normal_(parameter, std=deviation * scale, generator=generator)
+            elif name.endswith(".bias"):
+                nn.init.zeros_(parameter)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """``tokens [S, B]`` -> logits ``[S, B, V]``, or with ``targets [S, B]`` the mean loss in nats."""
-        rotary = rotary_table(tokens.shape[0], self.config.head_dim, self.config.rope_theta, tokens.device)
+        config = self.config
+        rotary = rotary_table(
+            tokens.shape[0], config.head_dim, config.rope_theta, tokens.device, config.rope_scaling
+        )
         x = self.embedding(tokens)
         for layer in self.layers:
             x = layer(x, rotary)
@@ -102,9 +133,12 @@ class Decoder(nn.Module):
         return logits if targets is None else self.loss(logits, targets)
 
     def parameter_count(self, embedding: bool = True) -> int:
-        """Parameters in all, or without the input embedding, of the whole model on any rank."""
+        """Parameters in all, or without the input embedding, of the whole model on any rank.
+
+        A table that is the output projection too counts once, and counts in either case.
+        """
         own = sum(p.numel() for p in self.parameters())
-        return own if embedding else own - self.embedding.weight.numel()
+        return own if embedding or self.config.tied_embeddings else own - self.embedding.weight.numel()
 
 
 def _must_divide(name: str, value: int, by_name: str, by: int) -> None:

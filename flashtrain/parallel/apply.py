@@ -46,7 +46,9 @@ def parallelize(
     names = mesh.mesh_dim_names or ()
     if TENSOR in names and mesh[TENSOR].size() > 1:
         rows = tensor.Rows()
+        shared = _shared_parameters(model)
         parallelize_module(model, mesh[TENSOR], dict(_matched(model, plan or decoder_plan(rows))))
+        _tie(model, shared)
         for name, module in model.named_modules():
             if isinstance(module, tensor._OverTensorGroup):
                 module.site = name
@@ -60,6 +62,36 @@ def parallelize(
             model, list(model.get_submodule("layers").children()) if units is None else units, mesh[DATA]
         )
     return model
+
+
+def _shared_parameters(model: nn.Module) -> list[list[str]]:
+    """The names of each parameter that has several, as a table that is the output projection too."""
+    names: dict[int, list[str]] = {}
+    for name, parameter in model.named_parameters(remove_duplicate=False):
+        names.setdefault(id(parameter), []).append(name)
+    return [group for group in names.values() if len(group) > 1]
+
+
+def _tie(model: nn.Module, shared: Sequence[Sequence[str]]) -> None:
+    """Make the parameters of each group one again, since a style makes a new one for its module.
+
+    Raises UserError if styles have sharded them differently.
+    """
+    for first, *others in shared:
+        kept = model.get_parameter(first)
+        for name in others:
+            module, _, own = name.rpartition(".")
+            theirs = model.get_parameter(name)
+            if _placements(theirs) != _placements(kept):
+                raise UserError(
+                    f"{name} and {first} are one parameter, but the parallel plan shards them differently: "
+                    "give both the same dimension"
+                )
+            setattr(model.get_submodule(module), own, kept)
+
+
+def _placements(parameter: Tensor) -> object:
+    return parameter.placements if isinstance(parameter, DTensor) else None
 
 
 def _matched(model: nn.Module, plan: Mapping[str, ParallelStyle]) -> dict[str, ParallelStyle]:

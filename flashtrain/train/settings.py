@@ -1,6 +1,7 @@
 """The settings of a run that belong to the loop itself."""
 
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Literal
 
 from flashtrain.errors import UserError
@@ -12,6 +13,8 @@ class Training:
 
     ``batch`` counts the sequences of a step over all ranks; each rank runs its share in ``accumulate``
     micro-batches. ``evaluate_every`` steps, 0: at the end alone, on ``evaluation_windows`` sequences.
+    ``init_from``: a checkpoint, a run or a folder of ``flashtrain convert hf2ft`` whose weights a fresh run
+    starts with, rounded to ``dtype``; the optimizer starts anew, at step 1.
     """
 
     steps: int = 1000
@@ -22,6 +25,7 @@ class Training:
     accumulate: int = 1
     evaluate_every: int = 0
     evaluation_windows: int = 256
+    init_from: Path | None = None
 
     def validate(self, data_degree: int) -> None:
         """Raise UserError for a value out of range, or a batch that the ranks cannot share."""

@@ -82,14 +82,42 @@ def find(path: Path) -> Path:
     raise UserError(f"there is no checkpoint in {path}: give a checkpoint or the --out of a run")
 
 
+def model_config(path: Path) -> Decoder.Config:
+    """The model of checkpoint ``path``. Raises UserError if its manifest does not say."""
+    meta = CheckpointStore(path.parent).read_manifest(path).meta
+    try:
+        return configs.from_dict(Decoder.Config, meta["config"]["model"])
+    except (KeyError, TypeError):
+        reason = "does not say what its model is: it was not saved by a run"
+        raise UserError(f"checkpoint {path} {reason}") from None
+
+
+def load_weights(path: Path, model: nn.Module) -> None:
+    """Fill ``model`` in place, on any mesh, rounding where its dtype is narrower. Collective.
+
+    Raises UserError if the checkpoint is damaged or of another model.
+    """
+    store = CheckpointStore(path.parent)
+    stored = store.read_manifest(path).tensors.get("model", {})
+    targets, read = {name: p.detach() for name, p in model.named_parameters()}, {}
+    for name, target in targets.items():
+        dtype = getattr(torch, stored[name].dtype, None) if name in stored else None
+        differs = isinstance(dtype, torch.dtype) and dtype != target.dtype
+        read[name] = torch.empty_like(target, dtype=dtype) if differs else target
+    store.load(path, {"model": read})
+    for name, target in targets.items():
+        if read[name] is not target:
+            target.copy_(read[name])
+
+
 def load_model(path: Path) -> tuple[Decoder, dict[str, Any]]:
     """The whole model of checkpoint ``path`` on this process, and the config of the run that saved it.
 
     For a process without torch.distributed. Raises UserError if the checkpoint is damaged.
     """
     store = CheckpointStore(path.parent)
+    model = Decoder(model_config(path))
     config = store.read_manifest(path).meta["config"]
-    model = Decoder(configs.from_dict(Decoder.Config, config["model"]))
     model.to(getattr(torch, config["train"]["dtype"]))
     store.load(path, {"model": {name: p.detach() for name, p in model.named_parameters()}})
     return model.eval(), config

@@ -21,7 +21,7 @@ from flashtrain.models.decoder import Decoder
 from flashtrain.parallel import mesh as meshes
 from flashtrain.parallel.apply import parallelize
 from flashtrain.parallel.mesh import DATA, Degrees
-from flashtrain.train import ranks, snapshot
+from flashtrain.train import carried, ranks, snapshot
 from flashtrain.train.callbacks import Callback, ProgressBar, Run
 from flashtrain.train.optimizer import AdamW
 from flashtrain.train.settings import Checkpointing, Training
@@ -115,9 +115,23 @@ class Trainer:
         self.peak = peak_flops(name, dtype)
         self.model.to(device=device, dtype=dtype)
         parallelize(self.model, self.mesh)
+        self._start_from(train.init_from)
         self.optimizer = AdamW(self.model, self.mesh, config.optimizer)
         self.step = TrainStep(self.model, self.mesh, self.optimizer)
         self.store = CheckpointStore(self.out / snapshot.CHECKPOINTS, keep=config.checkpoint.keep)
+
+    def _start_from(self, source: Path | None) -> None:
+        """Take over the weights of ``source``, unless the run has a checkpoint of its own.
+
+        Before the optimizer is made, which takes its masters from the weights.
+        """
+        if source is None or CheckpointStore(self.out / snapshot.CHECKPOINTS).latest() is not None:
+            return
+        path = snapshot.find(source)
+        snapshot.load_weights(path, self.model)
+        log.info("starting with the weights of %s", path)
+        if dist.get_rank() == 0 and (came := carried.find(path)) is not None:
+            carried.copy(came, self.out / carried.FOLDER, carried.ALL)
 
     def _resume(self) -> tuple[int, list[dict]]:
         path = self.store.latest()

@@ -1,6 +1,7 @@
 """The decoder: what follows from its definition, whatever its weights."""
 
 import dataclasses
+from typing import Any
 
 import pytest
 import torch
@@ -8,6 +9,7 @@ from torch import Tensor
 
 from flashtrain.errors import UserError
 from flashtrain.models.decoder import Decoder
+from flashtrain.nn.attention import Llama3Scaling
 
 CONFIG = Decoder.Config(vocabulary=50, hidden=48, layers=2, heads=6, kv_heads=2, mlp_width=128)
 
@@ -63,6 +65,20 @@ def test_parameter_count_is_the_formula(config: Decoder.Config) -> None:
     assert decoder(config).parameter_count(embedding=False) == without
 
 
+def test_tied_embeddings_are_one_parameter_that_counts_as_the_projection() -> None:
+    untied, tied = decoder(), decoder(dataclasses.replace(CONFIG, tied_embeddings=True))
+    assert tied.head.weight is tied.embedding.weight
+    assert tied.parameter_count() == untied.parameter_count(embedding=False)
+    assert tied.parameter_count(embedding=False) == tied.parameter_count()
+
+
+def test_biases_are_of_the_qkv_projection_alone_and_start_at_zero() -> None:
+    biases = {n: p for n, p in decoder(dataclasses.replace(CONFIG, qkv_bias=True)).named_parameters()
+              if n.endswith("bias")}  # fmt: skip
+    assert list(biases) == [f"layers.{i}.attention.qkv.bias" for i in range(CONFIG.layers)]
+    assert not any(bias.any() for bias in biases.values())
+
+
 def test_parameters_depend_on_the_generator_alone() -> None:
     torch.manual_seed(1)
     first = decoder()
@@ -103,10 +119,19 @@ def test_a_model_on_the_meta_device_takes_no_memory_and_no_draws() -> None:
         ({"heads": 5, "kv_heads": 5}, "model.hidden is 48; model.heads 5 must divide it"),
         ({"kv_heads": 4}, "model.heads is 6; model.kv_heads 4 must divide it"),
         ({"mlp_width": 100}, "model.mlp_width is 100; the packing of gate and up rows, 64 must divide it"),
+        ({"rope_theta": 0.0}, "model.rope_theta is 0.0; it must be above 0"),
+        (
+            {"rope_scaling": Llama3Scaling(factor=-1.0)},
+            "model.rope_scaling.factor is -1.0; it must be above 0",
+        ),
+        (
+            {"rope_scaling": Llama3Scaling(high_freq_factor=0.5)},
+            "model.rope_scaling.low_freq_factor is 1.0; it must be below high_freq_factor 0.5",
+        ),
         ({"hidden": 54, "heads": 6}, "model.hidden / model.heads is 9; rotary positions need it even"),
     ],
 )
-def test_sizes_that_do_not_fit_are_named(change: dict[str, int], message: str) -> None:
+def test_sizes_that_do_not_fit_are_named(change: dict[str, Any], message: str) -> None:
     config = dataclasses.replace(CONFIG, **change)
     with pytest.raises(UserError) as caught:
         config.validate()

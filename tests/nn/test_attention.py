@@ -5,7 +5,7 @@ import torch
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
-from flashtrain.nn.attention import Attention, rotary_table, rotate
+from flashtrain.nn.attention import Attention, Llama3Scaling, rotary_table, rotate
 
 HEAD = 8
 
@@ -23,6 +23,15 @@ def test_rotary_scores_depend_on_the_distance_of_positions_alone() -> None:
         same = scores.diagonal(distance)
         torch.testing.assert_close(same, same[:1].expand_as(same), rtol=0, atol=1e-5)
     assert (scores[0, 0] - scores[0, 1]).abs() > 1e-3, "positions make no difference"
+
+
+def test_llama3_scaling_keeps_fast_pairs_and_slows_slow_ones() -> None:
+    scaling = Llama3Scaling(original_max_position_embeddings=1000)
+    # Turns in 1000 tokens: more than 4 stay, fewer than 1 are slowed by 8, at 2.5 the mean of both.
+    turns = torch.tensor([100.0, 4.0, 2.5, 1.0, 0.1], dtype=torch.float64)
+    wanted = turns * torch.tensor([1, 1, 0.5 + 0.5 / 8, 1 / 8, 1 / 8], dtype=torch.float64)
+    radians = 2 * torch.pi / 1000
+    torch.testing.assert_close(scaling.scale(turns * radians), wanted * radians, rtol=1e-12, atol=0)
 
 
 def test_rotation_keeps_lengths_and_leaves_position_zero_alone() -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import itertools
+from dataclasses import replace
 
 import pytest
 import torch
@@ -9,17 +10,20 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 
 from flashtrain.comm import transport
+from flashtrain.errors import UserError
 from flashtrain.models.decoder import Decoder
 from flashtrain.parallel import apply, mesh
+from flashtrain.parallel import tensor as styles
 from flashtrain.parallel.mesh import DATA
 from tests.distributed import run_distributed
 
 TOLERANCE = 1e-5
 CONFIG = Decoder.Config(hidden=64, layers=2, heads=8, kv_heads=4, mlp_width=256)
+TIED = replace(CONFIG, tied_embeddings=True, qkv_bias=True)
 
 
-def decoder() -> Decoder:
-    return Decoder(CONFIG, torch.Generator().manual_seed(0))
+def decoder(config: Decoder.Config = CONFIG) -> Decoder:
+    return Decoder(config, torch.Generator().manual_seed(0))
 
 
 def batch(sequence: int, size: int) -> tuple[Tensor, Tensor]:
@@ -60,7 +64,14 @@ def poison() -> None:
     torch.utils.deterministic.fill_uninitialized_memory = True
 
 
-def _gradients(rank: int, world: int, tensor: int, data: int, shapes: list[tuple[int, int]]) -> list[str]:
+def _gradients(
+    rank: int,
+    world: int,
+    tensor: int,
+    data: int,
+    shapes: list[tuple[int, int]],
+    config: Decoder.Config = CONFIG,
+) -> list[str]:
     poison()
     failures = []
     ranks = mesh.build(mesh.Degrees(tensor=tensor, data=data), "cpu")
@@ -73,8 +84,10 @@ def _gradients(rank: int, world: int, tensor: int, data: int, shapes: list[tuple
     )
     for (sequence, size), chosen in zip(shapes, settings, strict=False):
         transport.configure(chosen)
-        plain, model = decoder(), decoder()
+        plain, model = decoder(config), decoder(config)
         apply.parallelize(model, ranks)
+        if len(list(plain.parameters())) != len(list(model.parameters())):
+            failures.append("a shared parameter became two")
         tokens, targets = batch(sequence, size * data)
         wanted = plain(tokens, targets)
         wanted.backward()
@@ -103,6 +116,27 @@ def _gradients(rank: int, world: int, tensor: int, data: int, shapes: list[tuple
 def test_gradients_equal_those_of_one_process(tensor: int, data: int, shapes: list[tuple[int, int]]) -> None:
     world = tensor * data
     assert run_distributed(_gradients, world, tensor, data, shapes) == [[]] * world
+
+
+@pytest.mark.parametrize(("tensor", "data"), [(2, 1), (1, 2), (2, 2)])
+def test_a_table_that_is_the_output_projection_too_stays_one(tensor: int, data: int) -> None:
+    world = tensor * data
+    shapes = [(15, 1), (16, 2)]
+    assert run_distributed(_gradients, world, tensor, data, shapes, TIED) == [[]] * world
+
+
+def _tied_apart(rank: int, world: int) -> str:
+    plan = styles.VocabularyParallel(rows := styles.Rows())
+    try:
+        apply.parallelize(decoder(TIED), mesh.build(mesh.Degrees(tensor=2), "cpu"), {"embedding": plan})
+    except UserError as error:
+        return str(error)
+    return f"accepted with {rows}"
+
+
+def test_a_plan_that_shards_half_of_a_shared_parameter_is_refused() -> None:
+    for message in run_distributed(_tied_apart, 2):
+        assert message.startswith("head.weight and embedding.weight are one parameter, but the parallel plan")
 
 
 def _one_rank(rank: int, world: int) -> list[str]:

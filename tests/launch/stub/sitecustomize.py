@@ -34,11 +34,17 @@ class Act:
     rank: int = -1
 
 
+@dataclass(frozen=True, kw_only=True)
+class Train:
+    init_from: Path | None = None
+
+
 class Trainer:
     @dataclass(frozen=True, kw_only=True)
     class Config:
         parallel: Parallel = field(default_factory=Parallel)
         act: Act = field(default_factory=Act)
+        train: Train = field(default_factory=Train)
         invalid: bool = False
 
         def validate(self) -> None:
