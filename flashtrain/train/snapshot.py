@@ -25,9 +25,14 @@ def _tensors(model: nn.Module, optimizer: AdamW) -> dict[str, dict[str, Tensor]]
 
 
 def save(
-    store: CheckpointStore, step: int, model: nn.Module, optimizer: AdamW, config: Any, callbacks: list[Any]
+    store: CheckpointStore,
+    step: int,
+    model: nn.Module,
+    optimizer: AdamW,
+    config: Any,
+    callbacks: dict[str, Any],
 ) -> Path:
-    """Write weights, moments, RNG states, the config and what callbacks keep. Collective.
+    """Write weights, moments, RNG states, the config and, by class, what callbacks keep. Collective.
 
     The step is the data position too: samples are numbered over the whole run.
     """
