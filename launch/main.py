@@ -18,6 +18,7 @@ from flashtrain.errors import TransportError, UserError
 COMMANDS = {
     "train": "train a model from a recipe",
     "sample": "continue a prompt with the model of a checkpoint",
+    "report": "write a run's curves, events and settings as one HTML page",
     "schedule": "print and draw a communication schedule",
     "doctor": "report what this machine has and which paths training would take",
 }
