@@ -28,6 +28,7 @@ from flashtrain.metrics.report import from_json, to_json
 
 EVENTS = "events.jsonl"
 BEGINNINGS = frozenset({"start", "resume"})
+ENDINGS = frozenset({"end", "failure", "preempted"})
 # What every run does: told from what deserves a person's attention.
 ROUTINE = frozenset({"start", "checkpoint", "end"})
 
@@ -84,10 +85,13 @@ def _last_byte(path: Path) -> bytes:
 
 
 def superseded(events: Iterable[Event]) -> list[bool]:
-    """For each event in the order of the file, whether a later beginning did its step again."""
+    """For each event in the order of the file, whether what it tells of was done again after a resume.
+
+    Beginnings and endings are the history of the attempts themselves, which no later one undoes.
+    """
     found, first = [], float("inf")
     for event in reversed(list(events)):
-        found.append(event.step >= first and event.kind not in BEGINNINGS)
+        found.append(event.step >= first and event.kind not in BEGINNINGS | ENDINGS)
         if event.kind in BEGINNINGS:
             first = min(first, event.step)
     return found[::-1]

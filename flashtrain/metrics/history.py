@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from flashtrain.errors import UserError
-from flashtrain.metrics.events import BEGINNINGS, EVENTS, Event
+from flashtrain.metrics.events import BEGINNINGS, ENDINGS, EVENTS, Event
 from flashtrain.metrics.gpu import GpuSample
 from flashtrain.metrics.report import from_json
 
@@ -68,7 +68,7 @@ class History:
     def ending(self) -> Event | None:
         """The event that ended the last attempt; None while it runs, or after it was killed."""
         last = self.events[-1] if self.events else None
-        return last if last is not None and last.kind in ("end", "failure", "preempted") else None
+        return last if last is not None and last.kind in ENDINGS else None
 
 
 def read(out: Path) -> History:

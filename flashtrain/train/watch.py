@@ -71,4 +71,4 @@ def build_callbacks(
     kept: list[Callback] = [JsonLines(), LossPlot(unigram_entropy)]
     if settings.tensorboard:
         kept.append(TensorBoard())
-    return [*shown, SiteTable(sites), ProgressBar(), *kept, *own]
+    return [*shown, *own, SiteTable(sites), ProgressBar(), *kept]

@@ -147,7 +147,7 @@ def figures(history: History) -> list[dict[str, str]]:
         ("Training loss", number(_last(losses)), "nats per token"),
         ("Steps", f"{max(losses, default=0):,}", "done"),
         ("Tokens", label_large(_last(tokens)), "trained on"),
-        ("Throughput", label_large(median("tokens_per_s")), "tokens per second, median"),
+        ("Throughput", label_large(median("tokens_per_s")), "tokens/s, median"),
         ("MFU", share("mfu"), "% of the peak, median"),
         ("Communication hidden", share("overlap"), "% of its time, median"),
         ("Peak memory", number(None if memory is None else memory * 2**-30, 3), "GiB, rank 0"),

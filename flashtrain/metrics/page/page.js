@@ -3,7 +3,8 @@
 (() => {
   const data = JSON.parse(document.getElementById("data").textContent);
   const charts = [...document.querySelectorAll("figure[data-key]")].filter((figure) => figure.querySelector(".plot"));
-  const format = new Intl.NumberFormat("en", { maximumSignificantDigits: 4 });
+  const plain = new Intl.NumberFormat("en", { maximumSignificantDigits: 4 });
+  const format = (value) => (value !== 0 && Math.abs(value) < 1e-3 ? value.toExponential(2) : plain.format(value));
 
   const nearest = (points, step) => {
     let low = 0, high = points.length - 1;
@@ -24,7 +25,7 @@
       cursor.firstElementChild.textContent = step.toLocaleString("en");
       for (const output of figure.querySelectorAll("output[data-series]")) {
         const [at, value] = nearest(series[output.dataset.series].points, step);
-        output.textContent = (value === null ? "not finite" : format.format(value)) + (at === step ? "" : ` at ${at}`);
+        output.textContent = (value === null ? "not finite" : format(value)) + (at === step ? "" : ` at ${at}`);
       }
     }
   };
