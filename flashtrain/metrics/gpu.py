@@ -15,12 +15,20 @@ THROTTLES = {
     "nvmlClocksEventReasonHwThermalSlowdown": "thermal, by hardware",
     "nvmlClocksEventReasonHwPowerBrakeSlowdown": "power brake",
 }
-_ALL_LINKS = 0xFFFFFFFF  # nvml.h: this scope sums the throughput of all links
+_ALL_LINKS = 0xFFFFFFFF  # as the scope of a field: the sum over all links
+# A GPU supports one of these sets of error counters: Hopper the first, those before it the second.
 _NVLINK_ERRORS = (
-    "NVML_FI_DEV_NVLINK_CRC_FLIT_ERROR_COUNT_TOTAL",
-    "NVML_FI_DEV_NVLINK_CRC_DATA_ERROR_COUNT_TOTAL",
-    "NVML_FI_DEV_NVLINK_REPLAY_ERROR_COUNT_TOTAL",
-    "NVML_FI_DEV_NVLINK_RECOVERY_ERROR_COUNT_TOTAL",
+    (
+        "NVML_FI_DEV_NVLINK_ERROR_DL_REPLAY",
+        "NVML_FI_DEV_NVLINK_ERROR_DL_RECOVERY",
+        "NVML_FI_DEV_NVLINK_ERROR_DL_CRC",
+    ),
+    (
+        "NVML_FI_DEV_NVLINK_REPLAY_ERROR_COUNT_TOTAL",
+        "NVML_FI_DEV_NVLINK_RECOVERY_ERROR_COUNT_TOTAL",
+        "NVML_FI_DEV_NVLINK_CRC_FLIT_ERROR_COUNT_TOTAL",
+        "NVML_FI_DEV_NVLINK_CRC_DATA_ERROR_COUNT_TOTAL",
+    ),
 )
 
 
@@ -85,8 +93,6 @@ class Gpu:
         limit = self._ask(nvml.nvmlDeviceGetEnforcedPowerLimit, gpu)
         busy = self._ask(nvml.nvmlDeviceGetUtilizationRates, gpu)
         volatile = nvml.NVML_VOLATILE_ECC
-        errors = [self._field(getattr(nvml, name), 0) for name in _NVLINK_ERRORS]
-        known = [count for count in errors if count is not None]
         return GpuSample(
             step=step,
             time=time,
@@ -99,7 +105,7 @@ class Gpu:
             throttled=self._throttled(),
             nvlink_sent_bytes=self._kibibytes(nvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX),
             nvlink_received_bytes=self._kibibytes(nvml.NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX),
-            nvlink_errors=sum(known) if known else None,
+            nvlink_errors=self._nvlink_errors(),
             ecc_corrected=self._ask(
                 nvml.nvmlDeviceGetTotalEccErrors, gpu, nvml.NVML_MEMORY_ERROR_TYPE_CORRECTED, volatile
             ),
@@ -126,11 +132,19 @@ class Gpu:
         return tuple(words for name, words in THROTTLES.items() if reasons & getattr(self._nvml, name))
 
     def _kibibytes(self, field: int) -> int | None:
-        value = self._field(field, _ALL_LINKS)
+        value = self._field(field)
         return None if value is None else value * 1024
 
-    def _field(self, field: int, scope: int) -> int | None:
-        values = self._ask(self._nvml.nvmlDeviceGetFieldValues, self._handle, [(field, scope)])
+    def _nvlink_errors(self) -> int | None:
+        for names in _NVLINK_ERRORS:
+            counts = [self._field(getattr(self._nvml, name)) for name in names]
+            if known := [count for count in counts if count is not None]:
+                return sum(known)
+        return None
+
+    def _field(self, field: int) -> int | None:
+        """The value of a field, over all links; None where it is not supported."""
+        values = self._ask(self._nvml.nvmlDeviceGetFieldValues, self._handle, [(field, _ALL_LINKS)])
         if values is None or values[0].nvmlReturn != self._nvml.NVML_SUCCESS:
             return None
         return int(values[0].value.ullVal)

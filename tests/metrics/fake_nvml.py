@@ -18,6 +18,8 @@ class FakeNvml:
     NVML_CLOCK_SM, NVML_CLOCK_MEM, NVML_TEMPERATURE_GPU = 1, 2, 0
     NVML_VOLATILE_ECC, NVML_MEMORY_ERROR_TYPE_CORRECTED, NVML_MEMORY_ERROR_TYPE_UNCORRECTED = 0, 0, 1
     NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_TX, NVML_FI_DEV_NVLINK_THROUGHPUT_DATA_RX = 138, 139
+    NVML_FI_DEV_NVLINK_ERROR_DL_REPLAY, NVML_FI_DEV_NVLINK_ERROR_DL_RECOVERY = 161, 162
+    NVML_FI_DEV_NVLINK_ERROR_DL_CRC = 163
     NVML_FI_DEV_NVLINK_CRC_FLIT_ERROR_COUNT_TOTAL, NVML_FI_DEV_NVLINK_CRC_DATA_ERROR_COUNT_TOTAL = 38, 45
     NVML_FI_DEV_NVLINK_REPLAY_ERROR_COUNT_TOTAL, NVML_FI_DEV_NVLINK_RECOVERY_ERROR_COUNT_TOTAL = 52, 59
     nvmlClocksEventReasonGpuIdle, nvmlClocksEventReasonSwPowerCap = 0x1, 0x4
@@ -70,8 +72,7 @@ class FakeNvml:
         return self._answer("ecc")[kind]
 
     def nvmlDeviceGetFieldValues(self, gpu: str, fields: list[tuple[int, int]]) -> Any:
-        # Throughput is asked for all links at once; the scope of an error counter is 0.
-        assert all(scope == (0xFFFFFFFF if field in (138, 139) else 0) for field, scope in fields)
+        assert all(scope == 0xFFFFFFFF for _, scope in fields)  # all links at once
         known = self._answer("fields")
         return [
             SimpleNamespace(
@@ -90,5 +91,5 @@ FULL: dict[str, Any] = {
     "temperature": 61,
     "reasons": 0x1 | 0x4 | 0x40,
     "ecc": {0: 2, 1: 0},
-    "fields": {138: 3, 139: 4, 38: 1, 52: 5},
+    "fields": {138: 3, 139: 4, 161: 1, 163: 5},
 }

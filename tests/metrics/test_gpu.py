@@ -40,6 +40,12 @@ def test_what_a_gpu_does_not_support_is_none_and_the_rest_is_kept(missing: str) 
     }
 
 
+def test_older_gpus_count_nvlink_errors_elsewhere() -> None:
+    older = FULL | {"fields": {38: 1, 45: 2, 52: 3, 59: 4}}
+    sample = Gpu(FakeNvml(older), UUID).sample(1, 0.0)
+    assert (sample.nvlink_errors, sample.nvlink_sent_bytes) == (10, None)
+
+
 def test_an_unknown_gpu_gives_nvml_back() -> None:
     nvml = FakeNvml()
     with pytest.raises(NVMLError, match="Not Found"):
