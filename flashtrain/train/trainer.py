@@ -86,9 +86,11 @@ class Trainer:
             first_step, states = self._resume()
             self.reached = first_step
             run = self._describe(first_step)
-            self.callbacks = self._callbacks(states)
+            waiting = self._callbacks(states)
+            self.callbacks: list[Callback] = []  # those that were started, and are to be ended
             try:
-                for callback in self.callbacks:
+                for callback in waiting:
+                    self.callbacks.append(callback)
                     callback.on_start(run)
                 self._announce_beginning(first_step)
                 measured, held_out = self._loop(first_step)

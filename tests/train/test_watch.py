@@ -3,6 +3,7 @@
 import gzip
 import json
 import re
+import socket
 import subprocess
 import time
 from dataclasses import dataclass
@@ -218,6 +219,28 @@ def failing(folder: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException)
     with pytest.raises(type(error)):
         Trainer(config.resolve(recipes.demo(), overrides=words), folder / "run").run()
     return history.read(folder / "run").events
+
+
+def test_a_port_in_use_ends_the_command_before_anything_is_written(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    from flashtrain.launch.main import main
+    from flashtrain.train import ranks
+
+    for name in ("RANK", "WORLD_SIZE"):
+        monkeypatch.delenv(name, raising=False)
+    monkeypatch.setattr(ranks, "log_to_stderr", lambda: None)
+    text = write_text(tmp_path / "text.txt")
+    (tmp_path / "run").mkdir()
+    (tmp_path / "run" / "metrics.jsonl").write_text("kept\n")
+    with socket.create_server(("127.0.0.1", 0)) as taken:
+        port = taken.getsockname()[1]
+        words = command(tmp_path / "run", text, parallel__tensor=1, watch__prometheus_port=port)
+        assert main(words[3:]) == 2
+    error = capsys.readouterr().err
+    assert error.count("\n") == 1
+    assert f"port {port}: Address already in use; choose another watch.prometheus_port" in error
+    assert (tmp_path / "run" / "metrics.jsonl").read_text() == "kept\n"
 
 
 @pytest.mark.parametrize("error", [TransportError("lost\nrank 1"), KeyboardInterrupt()])

@@ -71,7 +71,7 @@ class Chart:
             "high": y.high,
             "y_ticks": [{"at": 100 - y.place(tick) / 10, "text": label(tick)} for tick in y.ticks],
             "x_ticks": [{"at": x.place(tick) / 10, "text": label(tick)} for tick in x.ticks],
-            "marks": [{"at": x.place(mark.step), "kind": mark.kind, "words": mark.words} for mark in marks],
+            "marks": [{"at": x.inside(mark.step), "kind": mark.kind, "words": mark.words} for mark in marks],
             "reference": self._reference(y) if shown else None,
             "series": [self._series(series, x, y) for series in shown],
             "notes": self._notes(shown, y),

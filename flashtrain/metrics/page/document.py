@@ -16,7 +16,7 @@ from flashtrain.metrics.page import gpus
 from flashtrain.metrics.page.chart import Chart, Mark, Series, scaled
 from flashtrain.metrics.page.scale import Axis, label, number, steps_axis
 
-# The table of events shows this many, the latest; the lanes above it show all.
+# The table of events and the marks in the charts show this many, the latest; the lanes show all.
 MOST_EVENTS = 200
 
 
@@ -179,7 +179,7 @@ def _last(curve: Mapping[int, float]) -> float | None:
 
 def _marks(history: History) -> list[Mark]:
     notable = [event for event in history.events if event.kind not in ROUTINE]
-    return [Mark(event.step, _tone(event.kind), event.describe()) for event in notable]
+    return [Mark(event.step, _tone(event.kind), event.describe()) for event in notable[-MOST_EVENTS:]]
 
 
 def _tone(kind: str) -> str:
@@ -200,7 +200,7 @@ def _lanes(runs: Sequence[tuple[str, History]], x: Axis) -> list[dict[str, Any]]
             "name": f"{name}: {_words(kind)}" if several else _words(kind),
             "tone": _tone(kind),
             "count": len(steps),
-            "path": "".join(f"M{x.place(min(max(step, x.low), x.high)):.1f} 500h0" for step in steps),
+            "path": "".join(dict.fromkeys(f"M{x.inside(step):.1f} 500h0" for step in steps)),
         }
         for (name, kind), steps in found.items()
     ]

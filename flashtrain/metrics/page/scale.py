@@ -28,6 +28,10 @@ class Axis:
             low, high, value = math.log(low), math.log(high), math.log(max(value, 1e-300))
         return (value - low) / (high - low) * SIZE
 
+    def inside(self, value: float) -> float:
+        """Where ``value`` lies, or the end of the axis that is nearest to it."""
+        return self.place(min(max(value, self.low), self.high))
+
 
 def steps_axis(steps: Iterable[int]) -> Axis:
     """The axis of all ``steps``, with whole ticks."""
