@@ -129,7 +129,7 @@ setup(
             "nvidia-ml-py>=12.535",  # its names are compared with the stand-in of the tests
             # CPU builds of torch come without it; the kernels are tested in its interpreter.
             "triton>=3.6; platform_system == 'Linux'",
-        ]
+        ],
     },
     entry_points={"console_scripts": ["flashtrain = flashtrain.launch.main:main"]},
     zip_safe=False,
