@@ -88,6 +88,7 @@ setup(
     python_requires=">=3.11",
     # kernels/ and launch/ are links without __init__.py, hence namespaces.
     packages=find_namespace_packages(include=["flashtrain", "flashtrain.*"]),
+    package_data={"flashtrain.metrics.page": ["page.html", "page.css", "page.js"]},
     # optional: an editable install must not stop at a module that was not built.
     # depends: source distributions take the files along.
     ext_modules=[
@@ -112,17 +113,20 @@ setup(
         "fsspec",
         "tensorboard",
         "matplotlib",
+        "jinja2",
         "packaging",
     ],
     extras_require={
         "data": DATA,
         # To load what ``flashtrain convert ft2hf`` writes; converting itself needs safetensors alone.
         "hf": ["transformers>=4.51", "tokenizers"],
+        "wandb": ["wandb>=0.20"],
+        "prometheus": ["prometheus-client>=0.19"],
+        "nvml": ["nvidia-ml-py>=12.535"],
         "dev": [
             *DATA,
             # What it writes is read here and the other way round; transformers loads our tokenizers.
             "megatron-core>=0.16",
-            "transformers",
             "pytest",
             "hypothesis",
             "psutil",
@@ -131,6 +135,9 @@ setup(
             "pre-commit",
             "transformers>=4.51",
             "tokenizers",
+            "wandb>=0.20",
+            "prometheus-client>=0.19",
+            "nvidia-ml-py>=12.535",  # its names are compared with the stand-in of the tests
             # CPU builds of torch come without it; the kernels are tested in its interpreter.
             "triton>=3.6; platform_system == 'Linux'",
         ],

@@ -23,9 +23,10 @@ REQUIRED = (
     "fsspec",
     "tensorboard",
     "matplotlib",
+    "jinja2",
     "packaging",
 )
-OPTIONAL = ("pybind11", "cmake", "ninja")
+OPTIONAL = ("pybind11", "cmake", "ninja", "wandb", "prometheus-client", "nvidia-ml-py")
 # What is set of these changes how ranks compute or talk.
 VARIABLES = re.compile(
     r"^(CUDA_DEVICE_MAX_CONNECTIONS|CUDA_VISIBLE_DEVICES|OMP_NUM_THREADS|(NCCL|GLOO|TORCH)_\w+)$"

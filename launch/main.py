@@ -20,6 +20,7 @@ COMMANDS = {
     "data": "turn text into token files, train a tokenizer",
     "convert": "convert models from and to Hugging Face",
     "sample": "continue a prompt with the model of a checkpoint",
+    "report": "write a run's curves, events and settings as one HTML page",
     "schedule": "print and draw a communication schedule",
     "doctor": "report what this machine has and which paths training would take",
 }

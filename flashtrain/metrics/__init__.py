@@ -1,10 +1,12 @@
-"""What a run measures: FLOPs against the hardware's peak, memory, and one record a step."""
+"""What a run measures: FLOPs against the hardware's peak, memory, one record a step, and its events."""
 
+from flashtrain.metrics.events import Event
 from flashtrain.metrics.flops import peak_flops, training_flops_per_token
 from flashtrain.metrics.memory import current_memory, peak_memory, reset_peak_memory
 from flashtrain.metrics.report import StepMetrics
 
 __all__ = [
+    "Event",
     "StepMetrics",
     "current_memory",
     "peak_flops",

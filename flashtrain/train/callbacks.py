@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from flashtrain.errors import UserError
+from flashtrain.metrics.events import ROUTINE, Event
 from flashtrain.metrics.report import StepMetrics
 
 if TYPE_CHECKING:
@@ -30,21 +31,27 @@ class Run:
 
 
 class Callback:
-    """Acts after a step or an evaluation, on rank 0 alone.
+    """Acts around steps, evaluations and events; on rank 0 alone, or on every rank that was given one.
 
     ``on_end`` closes what ``on_start`` opened, so it also follows a failure; it may come at any step.
     A callback that carries something from step to step returns it from ``state_dict``; it is stored in
-    every checkpoint and given back before ``on_start``.
+    every checkpoint under the name of the class and given back before ``on_start``.
     """
 
     def on_start(self, run: Run) -> None:
         """Before the first step. Raises UserError for what would make the callback fail later."""
+
+    def before_step(self, step: int) -> None:
+        """Before the input of ``step`` is read."""
 
     def on_step(self, metrics: StepMetrics) -> None:
         """After every optimizer step."""
 
     def on_evaluate(self, step: int, loss: float) -> None:
         """After an evaluation at the end of ``step`` (0: before the first); ``loss`` in nats per token."""
+
+    def on_event(self, event: Event) -> None:
+        """Something else happened to the run; see ``flashtrain.metrics.events``."""
 
     def on_end(self, run: Run) -> None:
         """After the last step, or after the failure that ended the run."""
@@ -100,6 +107,10 @@ class ProgressBar(Callback):
 
     def on_evaluate(self, step: int, loss: float) -> None:
         self._print(f"step {step}: held-out loss {loss:.4f}")
+
+    def on_event(self, event: Event) -> None:
+        if event.kind not in ROUTINE:
+            self._print(event.describe())
 
     def on_end(self, run: Run) -> None:
         if self._bar is not None:

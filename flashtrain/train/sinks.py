@@ -1,4 +1,4 @@
-"""Callbacks that keep what a run measured: JSON lines, TensorBoard, a plot of the loss."""
+"""Callbacks that keep what a run measured in files: JSON lines, TensorBoard, a plot of the loss."""
 
 import importlib.util
 import json
@@ -9,31 +9,34 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 from flashtrain.errors import UserError
+from flashtrain.metrics import events
+from flashtrain.metrics.events import Event
+from flashtrain.metrics.history import EVALUATIONS, METRICS
 from flashtrain.metrics.report import StepMetrics, from_json, to_json
 from flashtrain.train.callbacks import Callback, Run
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter
 
-METRICS = "metrics.jsonl"
-EVALUATIONS = "evaluations.jsonl"
-
 _log = logging.getLogger(__name__)
 
 
 class JsonLines(Callback):
-    """Writes metrics.jsonl, one object a step, and evaluations.jsonl, both flushed at every line.
+    """Writes metrics.jsonl, one object a step, evaluations.jsonl and events.jsonl, flushed at every line.
 
-    At the start of a run, lines of ``first_step`` and later are dropped: an interrupted run wrote them
-    after the checkpoint that this run continues. A fresh run therefore starts both files anew.
+    At the start of a run, steps and evaluations of ``first_step`` and later are dropped: an interrupted run
+    wrote them after the checkpoint that this run continues. A fresh run therefore starts both files anew.
+    Events stay: they are the history of all attempts.
     """
 
     def __init__(self) -> None:
+        self._out: Path | None = None
         self._metrics: TextIO | None = None
         self._evaluations: TextIO | None = None
 
     def on_start(self, run: Run) -> None:
         run.out.mkdir(parents=True, exist_ok=True)
+        self._out = run.out
         for name in (METRICS, EVALUATIONS):
             _drop_from(run.out / name, run.first_step)
         self._metrics = (run.out / METRICS).open("a", encoding="utf-8")
@@ -45,11 +48,15 @@ class JsonLines(Callback):
     def on_evaluate(self, step: int, loss: float) -> None:
         _append(self._evaluations, json.dumps({"step": step, "loss": to_json(loss)}))
 
+    def on_event(self, event: Event) -> None:
+        if self._out is not None:
+            events.record(self._out, event)
+
     def on_end(self, run: Run) -> None:
         for file in (self._metrics, self._evaluations):
             if file is not None:
                 file.close()
-        self._metrics = self._evaluations = None
+        self._metrics = self._evaluations = self._out = None
 
 
 class TensorBoard(Callback):
@@ -94,6 +101,10 @@ class TensorBoard(Callback):
 
     def on_evaluate(self, step: int, loss: float) -> None:
         self._add("loss/held_out", loss, step)
+
+    def on_event(self, event: Event) -> None:
+        if self._writer is not None:
+            self._writer.add_text("events", event.describe(), global_step=event.step)
 
     def on_end(self, run: Run) -> None:
         if self._writer is not None:

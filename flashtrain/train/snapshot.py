@@ -13,6 +13,7 @@ from flashtrain.checkpoint import CheckpointStore, Manifest
 from flashtrain.data.tokenizer import BYTES, TOKENIZER, Tokenizer, load_tokenizer
 from flashtrain.errors import UserError
 from flashtrain.models.decoder import Decoder
+from flashtrain.train import carried
 from flashtrain.train.optimizer import AdamW
 
 log = logging.getLogger("flashtrain.train")
@@ -26,9 +27,14 @@ def _tensors(model: nn.Module, optimizer: AdamW) -> dict[str, dict[str, Tensor]]
 
 
 def save(
-    store: CheckpointStore, step: int, model: nn.Module, optimizer: AdamW, config: Any, callbacks: list[Any]
+    store: CheckpointStore,
+    step: int,
+    model: nn.Module,
+    optimizer: AdamW,
+    config: Any,
+    callbacks: dict[str, Any],
 ) -> Path:
-    """Write weights, moments, RNG states, the config and what callbacks keep. Collective.
+    """Write weights, moments, RNG states, the config and, by class, what callbacks keep. Collective.
 
     The step is the data position too: samples are numbered over the whole run.
     """
@@ -124,13 +130,16 @@ def load_model(path: Path) -> tuple[Decoder, dict[str, Any]]:
 
 
 def load_tokenizer_of(path: Path, config: dict[str, Any]) -> Tokenizer:
-    """The tokenizer of the run that saved checkpoint ``path``: the run's folder holds its tokenizer.json.
+    """The tokenizer of checkpoint ``path``: its run's, or the one that came with its weights.
 
     Raises UserError if the run used one and it is gone.
     """
-    folder = path.resolve().parent.parent
+    folder = carried.run_of(path) or path
     if (folder / TOKENIZER).is_file():
         return load_tokenizer(folder)
+    came = carried.find(path)
+    if came is not None and (came / TOKENIZER).is_file():
+        return load_tokenizer(came)
     used = config.get("data", {}).get("tokenizer", BYTES)
     if used != BYTES:
         raise UserError(f"{folder / TOKENIZER} is missing: copy it from {used}")

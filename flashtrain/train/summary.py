@@ -100,6 +100,7 @@ class Summary:
 
     def _commands(self) -> list[str]:
         return [
+            f"{_program('flashtrain')} report {self.out}",
             f'{_program("flashtrain")} sample {self.out} --prompt "class "',
             f"{_program('tensorboard')} --logdir {self.out / 'tensorboard'}",
             f"{_program('flashtrain')} schedule --op reduce_scatter --world 4",

@@ -1,8 +1,11 @@
 """The training loop: what runs in which order. The step, side effects and storage stand beside it."""
 
+import contextlib
 import logging
+import os
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -16,22 +19,23 @@ from flashtrain.data import Corpus, PreparedData, open_source
 from flashtrain.data.source import HeldOut, resolved
 from flashtrain.data.tokenizer import keep_tokenizer
 from flashtrain.errors import TransportError, UserError
-from flashtrain.metrics import StepMetrics, peak_flops, peak_memory, training_flops_per_token
+from flashtrain.metrics import Event, StepMetrics, peak_flops, peak_memory, training_flops_per_token
+from flashtrain.metrics.history import CONFIG
+from flashtrain.metrics.machine import describe_machine
 from flashtrain.models.decoder import Decoder
 from flashtrain.parallel import mesh as meshes
+from flashtrain.parallel import sites
 from flashtrain.parallel.apply import parallelize
 from flashtrain.parallel.mesh import DATA, Degrees
 from flashtrain.train import carried, ranks, snapshot
-from flashtrain.train.callbacks import Callback, ProgressBar, Run
+from flashtrain.train.callbacks import Callback, Run
 from flashtrain.train.optimizer import AdamW
 from flashtrain.train.settings import Checkpointing, Training
-from flashtrain.train.sinks import JsonLines, LossPlot, TensorBoard
 from flashtrain.train.step import Batch, StepResult, TrainStep, mean_over_data
 from flashtrain.train.summary import Summary
+from flashtrain.train.watch import Watching, build_callbacks
 
 log = logging.getLogger("flashtrain.train")
-
-CONFIG = "config.toml"
 
 
 class Trainer:
@@ -39,7 +43,7 @@ class Trainer:
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """All that decides what a run computes. ``parallel`` and ``comm`` only decide how."""
+        """All that decides what a run computes. ``parallel``, ``comm`` and ``watch`` only decide how."""
 
         model: Decoder.Config = field(default_factory=Decoder.Config)
         data: Corpus.Config | PreparedData.Config = field(default_factory=Corpus.Config)
@@ -48,6 +52,7 @@ class Trainer:
         parallel: Degrees = field(default_factory=Degrees)
         comm: transport.Settings = field(default_factory=transport.Settings)
         checkpoint: Checkpointing = field(default_factory=Checkpointing)
+        watch: Watching = field(default_factory=Watching)
 
         def validate(self) -> None:
             """Raise UserError for settings that cannot work, before any rank starts."""
@@ -57,6 +62,7 @@ class Trainer:
             self.optimizer.validate()
             self.comm.validate()
             self.checkpoint.validate()
+            self.watch.validate(self.train.steps)
             source = open_source(self.data)
             if self.model.vocabulary < source.tokenizer.vocab_size:
                 raise UserError(
@@ -79,17 +85,24 @@ class Trainer:
             transport.configure(self.config.comm)
             self._build(device)
             first_step, states = self._resume()
-            callbacks = self._callbacks(states)
+            self.reached = first_step
             run = self._describe(first_step)
+            waiting = self._callbacks(states)
+            self.callbacks: list[Callback] = []  # those that were started, and are to be ended
             try:
-                for callback in callbacks:
+                for callback in waiting:
+                    self.callbacks.append(callback)
                     callback.on_start(run)
-                measured, held_out = self._loop(first_step, callbacks)
+                self._announce_beginning(first_step)
+                measured, held_out = self._loop(first_step)
+            except BaseException as error:
+                self._announce_failure(error)
+                raise
             finally:
-                for callback in callbacks:
+                for callback in self.callbacks:
                     callback.on_end(run)
-            latest = self.store.latest()
-        if callbacks and latest is not None:
+            latest, rank = self.store.latest(), dist.get_rank()
+        if rank == 0 and latest is not None:
             Summary(self.out, latest, held_out, self.unigram_entropy, measured).show()
 
     def _build(self, device: torch.device) -> None:
@@ -133,23 +146,45 @@ class Trainer:
         if dist.get_rank() == 0 and (came := carried.find(path)) is not None:
             carried.copy(came, self.out / carried.FOLDER, carried.ALL)
 
-    def _resume(self) -> tuple[int, list[dict]]:
+    def _resume(self) -> tuple[int, dict[str, Any]]:
         path = self.store.latest()
         if path is None:
-            return 1, []
+            return 1, {}
         manifest = snapshot.restore(self.store, path, self.model, self.optimizer)
         log.info("resuming after step %d from %s", manifest.step, path)
         for change in snapshot.changes(manifest.meta["config"], configs.to_dict(self.config)):
             log.warning("setting differs from the checkpoint's: %s", change)
         return manifest.step + 1, manifest.meta["callbacks"]
 
-    def _callbacks(self, states: list[dict]) -> list[Callback]:
-        if dist.get_rank() != 0:
-            return []
-        callbacks = [ProgressBar(), JsonLines(), TensorBoard(), LossPlot(self.unigram_entropy)]
-        for callback, state in zip(callbacks, states, strict=False):
-            callback.load_state_dict(state)
+    def _callbacks(self, states: dict[str, Any]) -> list[Callback]:
+        train = self.config.train
+        rows = train.batch // (self.config.parallel.data * train.accumulate) * train.sequence
+        survey = sites.survey(self.model, self.mesh, rows, self.device)
+        callbacks = build_callbacks(
+            self.config.watch, dist.get_rank(), self.device, survey, self.unigram_entropy
+        )
+        for callback in callbacks:
+            if (name := type(callback).__name__) in states:
+                callback.load_state_dict(states[name])
         return callbacks
+
+    def _announce(self, kind: str, step: int, **detail: Any) -> None:
+        """Tell the callbacks of an event; see ``flashtrain.metrics.events`` for the kinds."""
+        event = Event(kind, step, detail)
+        for callback in self.callbacks:
+            callback.on_event(event)
+
+    def _announce_beginning(self, first_step: int) -> None:
+        detail: dict[str, Any] = {"ranks": dist.get_world_size(), "machine": describe_machine()}
+        if "TORCHELASTIC_RESTART_COUNT" in os.environ:
+            detail["restart"] = int(os.environ["TORCHELASTIC_RESTART_COUNT"])
+        self._announce("start" if first_step == 1 else "resume", first_step, **detail)
+
+    def _announce_failure(self, error: BaseException) -> None:
+        reason = " ".join(f"{type(error).__name__}: {error}".split())
+        # A disk that is full or gone must not hide the error that ended the run.
+        with contextlib.suppress(OSError):
+            self._announce("failure", self.reached, reason=reason)
 
     def _describe(self, first_step: int) -> Run:
         description = (
@@ -163,11 +198,14 @@ class Trainer:
         text = (self.out / CONFIG).read_text() if dist.get_rank() == 0 else ""
         return Run(self.out, first_step, self.config.train.steps, text, description)
 
-    def _loop(self, first_step: int, callbacks: list[Callback]) -> tuple[list[StepMetrics], float]:
-        train, every = self.config.train, self.config.checkpoint.every
+    def _loop(self, first_step: int) -> tuple[list[StepMetrics], float]:
+        train, every, callbacks = self.config.train, self.config.checkpoint.every, self.callbacks
         measured: list[StepMetrics] = []
         held_out = self._evaluate() if first_step > train.steps else float("nan")
         for step in range(first_step, train.steps + 1):
+            self.reached = step
+            for callback in callbacks:
+                callback.before_step(step)
             started = clock()
             rate = self.config.optimizer.learning_rate_at(step, train.steps)
             try:
@@ -184,8 +222,11 @@ class Trainer:
                 for callback in callbacks:
                     callback.on_evaluate(step, held_out)
             if last or (every and step % every == 0):
-                states = [callback.state_dict() for callback in callbacks]
+                states = {type(callback).__name__: callback.state_dict() for callback in callbacks}
+                started = clock()
                 snapshot.save(self.store, step, self.model, self.optimizer, self.config, states)
+                self._announce("checkpoint", step, seconds=round(clock() - started, 3))
+        self._announce("end", train.steps)
         return measured, held_out
 
     def _batches(self, step: int) -> list[Batch]:

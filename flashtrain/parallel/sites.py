@@ -1,0 +1,106 @@
+"""Every place of a parallelised model where ranks exchange data: overlapped or not, and why."""
+
+from dataclasses import dataclass
+
+import torch
+from torch import nn
+from torch.distributed.device_mesh import DeviceMesh
+from torch.distributed.fsdp import FSDPModule
+
+from flashtrain.comm import transport
+from flashtrain.parallel import tensor
+from flashtrain.parallel.mesh import DATA, TENSOR
+
+
+@dataclass(frozen=True)
+class Site:
+    """``forward`` and ``backward`` say what runs there in a pass; ``why`` what hides it, or why nothing does.
+
+    ``product`` is [rows, inputs] x [inputs, outputs] of all ranks together, "" where there is none.
+    """
+
+    name: str
+    product: str
+    forward: str
+    backward: str
+    overlapped: bool
+    why: str
+
+
+def survey(model: nn.Module, mesh: DeviceMesh, rows: int, device: torch.device) -> list[Site]:
+    """The sites of ``model`` after ``parallelize``, in the order of its modules, then those of a step's end.
+
+    ``rows`` of activations go through the model at once, on each data rank. Collective: it chooses the
+    transports that are not in use yet.
+    """
+    names = mesh.mesh_dim_names or ()
+    wide = {name: mesh[name] for name in (DATA, TENSOR) if name in names and mesh[name].size() > 1}
+    movers = {name: transport.of(part.get_group().group_name, device).name for name, part in wide.items()}
+    found: list[Site] = []
+    if TENSOR in wide:
+        world, mover = wide[TENSOR].size(), movers[TENSOR]
+        for name, module in model.named_modules():
+            if (site := _tensor_site(name, module, rows, world, mover)) is not None:
+                found.append(site)
+        found.append(
+            _exposed(
+                "replicated gradients", "", "all-reduce", "once a step, after the backward pass is complete"
+            )
+        )
+    if DATA in wide:
+        where = "on FSDP2's own stream" if device.type == "cuda" else f"over {movers[DATA]}"
+        for name, module in model.named_modules():
+            if isinstance(module, FSDPModule):
+                found.append(_data_site(name or "model", where, device))
+    if wide:
+        found.append(_exposed("gradient norm", "", "all-gather", "a few numbers, once a step"))
+    if DATA in wide:
+        found.append(_exposed("mean loss", "all-gather", "", "one number, once a step"))
+    return found
+
+
+def _tensor_site(name: str, module: nn.Module, rows: int, world: int, mover: str) -> Site | None:
+    """What a module exchanges over the tensor dimension; None for one that has nothing to exchange."""
+    gather, scatter = "all-gather, then product", "product, then reduce-scatter"
+    match module:
+        case tensor.ColumnParallelLinear():
+            if transport.settings().keep_gather:
+                backward = f"{scatter}; weight gradient from the gather that was kept"
+            else:
+                backward = f"{scatter}; all-gather, then weight gradient"
+            return _product(name, module, gather, backward, rows, world, mover)
+        case tensor.RowParallelLinear():
+            backward = f"{gather}, which serves the weight gradient too"
+            return _product(name, module, scatter, backward, rows, world, mover)
+        case tensor.VocabularyParallelEmbedding():
+            return _exposed(name, "reduce-scatter", "all-gather", "a look-up: there is no product beside it")
+        case tensor.VocabularyParallelCrossEntropy():
+            return _exposed(name, "all-gather", "", "three numbers a row, and no product beside them")
+        case nn.Linear() | nn.Embedding():
+            return Site(name, "", "", "", False, "whole on every rank: the plan does not name it")
+    return None
+
+
+def _product(
+    name: str, module: nn.Linear, forward: str, backward: str, rows: int, world: int, mover: str
+) -> Site:
+    product = f"[{rows}, {module.in_features}] x [{module.in_features}, {module.out_features}]"
+    if rows < world:
+        why = f"{rows} rows over {world} ranks: some have no chunk to compute"
+        return Site(name, product, forward, backward, False, why)
+    chunks = f"{world} chunks of {rows // world} rows" + (" or one more" if rows % world else "")
+    subchunks = transport.settings().subchunks
+    cut = f", each in {subchunks} pieces" if subchunks > 1 else ""
+    return Site(name, product, forward, backward, True, f"{chunks}{cut}, moved by {mover}")
+
+
+def _data_site(name: str, where: str, device: torch.device) -> Site:
+    forward, backward = "all-gather of parameters", "all-gather of parameters; reduce-scatter of gradients"
+    if device.type == "cuda":
+        return Site(f"{name} (data)", "", forward, backward, True, f"{where}, beside the block before it")
+    why = f"{where}; FSDP2 waits for it: the CPU has no second stream"
+    return Site(f"{name} (data)", "", forward, backward, False, why)
+
+
+def _exposed(name: str, forward: str, backward: str, why: str) -> Site:
+    return Site(name, "", forward, backward, False, why)
