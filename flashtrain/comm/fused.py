@@ -21,7 +21,7 @@ if TYPE_CHECKING:
 _TMA_BYTES = 16  # bases and row pitches are multiples of it
 _MOST_RANKS = 32  # one warp polls the peers' flags
 # One multiprocessor is left to other kernels while this one spins.
-_SPARE = 1
+SPARE = 1
 
 
 def refusal(plan: Schedule, x: Tensor, w: Tensor) -> str | None:
@@ -94,7 +94,7 @@ class FusedGather(_Fused):
             # A chunk's flag is where its owner raises it: its row of the table, its place among the sends.
             number = owner * mover.core.flag_columns + step.compute % plan.subchunks
             parts.append(Part(number, offset, rows, owner == plan.rank))
-        kernel = GatherMatmul(x_shard, landing, w, y, tuple(parts), config=config, spare_sms=_SPARE)
+        kernel = GatherMatmul(x_shard, landing, w, y, tuple(parts), config=config, spare_sms=SPARE)
         place = kernel.names.index
         # Without own rows nothing is read through their descriptor, which must be valid all the same.
         empty = own.start == own.stop
@@ -156,7 +156,7 @@ class FusedScatter(_Fused):
             parts.append(Part(number, offset, rows, owner == plan.rank))
         kernel = MatmulScatter(
             x, w, partials, slots, out, tuple(parts), plan.rank,
-            arrived_stride=mover.core.flag_columns, config=config, spare_sms=_SPARE,
+            arrived_stride=mover.core.flag_columns, config=config, spare_sms=SPARE,
         )  # fmt: skip
         place, counters = kernel.names.index, mover.counters(x.device)
         self._kernel = kernel

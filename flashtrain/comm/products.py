@@ -19,6 +19,7 @@ from flashtrain.comm import groups, schedule, transport, tune
 from flashtrain.comm.bulk import WholeGather, WholeScatter
 from flashtrain.comm.chunked import ChunkedGather, ChunkedScatter, Landed
 from flashtrain.comm.schedule import Schedule, split_rows
+from flashtrain.comm.streamed import StreamedGather
 from flashtrain.comm.transport.base import Transport
 from flashtrain.errors import UserError
 
@@ -125,16 +126,22 @@ def _choose(
     by_kernel: Any = fused.FusedGather if plan.gathers else fused.FusedScatter
     if not chosen.tune or torch.cuda.is_current_stream_capturing():
         return by_kernel(mover, plan, x, w)
-    from flashtrain.kernels.overlapped_matmul.config import configs
+    from flashtrain.kernels.overlapped_matmul.config import configs, default_config
 
+    sms = torch.cuda.get_device_properties(x.device).multi_processor_count
+    usual = default_config([chunk.rows for chunk in plan.chunks], w.shape[0], x.dtype, sms - fused.SPARE)
+    listed = sorted(configs(x.dtype), key=lambda config: config != usual)
     candidates: dict[str, Callable[[], Any]] = {}
     for subchunks in _SUBCHUNKS:
         if subchunks > 1 and max(counts) < subchunks * _FEWEST_ROWS:
             continue
         cut = plan_of(op, counts, group, subchunks)
-        for config in configs(x.dtype):
+        for config in listed:
             candidates[f"fused {config} in {subchunks}"] = partial(by_kernel, mover, cut, x, w, config)
-        candidates[f"chunked in {subchunks}"] = partial(by_chunks, cut, group)
+        if plan.gathers:
+            candidates[f"chunked in {subchunks}"] = partial(StreamedGather, mover, cut, x)  # type: ignore[arg-type]
+        else:
+            candidates[f"chunked in {subchunks}"] = partial(ChunkedScatter, cut, group)
     candidates["whole"] = partial(WholeGather if plan.gathers else WholeScatter, plan, group)
     layout = "" if w.stride(1) == 1 else " transposed"
     name = f"{op} {tune.bucket(plan.rows)} x {w.shape[0]} x {w.shape[1]} {x.dtype}{layout}"

@@ -1,7 +1,7 @@
 """Which way a product takes: measured once for its shape, the same on all ranks, kept on disk.
 
 The fused ways share their bits, so among them the choice is free. Another way has its own (those of
-cuBLAS), so it must be faster by ``MARGIN``. A choice once made holds as long as the file, the GPUs and the
+cuBLAS), so it must be faster by some. A choice once made holds as long as the file, the GPUs and the
 versions stay the same.
 """
 
@@ -10,6 +10,7 @@ import logging
 import os
 import statistics
 import tempfile
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from functools import cache
@@ -23,11 +24,13 @@ from flashtrain.comm.transport.base import Transport
 
 log = logging.getLogger("flashtrain.comm")
 
-MARGIN = 0.03
-_FINALISTS = 4
-_ROUNDS = 3
+# How much faster another way must be than the fused ones, and a fused one than the first that is named.
+MARGIN, PREFERENCE = 0.03, 0.01
+_FINALISTS = 5
+_ROUNDS = 5
 _BURST, _DROPPED = 6, 2
 _SLEEP_CYCLES = 2_000_000  # about a millisecond, in which the host issues a burst
+_REST = 4  # times a burst that the GPU idles before the next: hot, it throttles whoever comes then
 
 # What makes each way, by name.
 Candidates = Mapping[str, Callable[[], Any]]
@@ -54,7 +57,8 @@ def choose(
     """The fastest of ``candidates``, made; ``name`` tells shapes apart. Collective over ``mover``'s group.
 
     ``call(way)`` runs one on real operands and is repeated; its results are dropped. Names that begin with
-    "fused" share their bits. Raises TransportError if a peer fails.
+    "fused" share their bits; the first is what would be taken unmeasured. Raises TransportError if a peer
+    fails.
     """
     kept = _Kept(_key(device, mover.world))
     # Rank 0 decides: another rank's file may hold something else.
@@ -68,7 +72,7 @@ def choose(
     if mover.rank != 0:
         made = {title: make() for title, make in candidates.items()}
     times = _measure(made, call, exchange)
-    best = min(times, key=lambda title: times[title] * (1.0 if title.startswith("fused") else 1.0 + MARGIN))
+    best = _best(times, next(iter(candidates)))
     if mover.rank == 0:
         kept.add(name, best)
         table = ", ".join(f"{title} {times[title]:.3f}" for title in sorted(times, key=times.__getitem__))
@@ -76,23 +80,35 @@ def choose(
     return made[best]
 
 
+def _best(times: dict[str, float], first: str) -> str:
+    """The fastest; ties go to the fused ways, and among them to ``first``."""
+
+    def handicapped(title: str) -> float:
+        margin = -PREFERENCE if title == first else 0.0 if title.startswith("fused") else MARGIN
+        return times[title] * (1.0 + margin)
+
+    return min(times, key=handicapped)
+
+
 def _measure(
     ways: dict[str, Any], call: Callable[[Any], Any], exchange: Callable[[str], list[str]]
 ) -> dict[str, float]:
-    """Milliseconds of the fastest ways, of the slowest rank; the same on every rank."""
+    """Milliseconds of the first of ``ways`` and the fastest, of the slowest rank; the same on every rank."""
     for way in ways.values():
         for _ in range(2):
             call(way)
-    field = list(ways)
-    first = _agreed({title: _burst(ways[title], call) for title in field}, exchange)
-    field = sorted(field, key=first.__getitem__)[:_FINALISTS]
+    first = _agreed({title: _burst(way, call) for title, way in ways.items()}, exchange)
+    field = sorted(first, key=first.__getitem__)[:_FINALISTS]
+    field += [title for title in list(ways)[:1] if title not in field]
     rounds = [{title: _burst(ways[title], call) for title in field} for _ in range(_ROUNDS)]
     return _agreed({title: statistics.median(one[title] for one in rounds) for title in field}, exchange)
 
 
 def _burst(way: Any, call: Callable[[Any], Any]) -> float:
+    """Milliseconds of one call among several that the host has issued ahead."""
     torch.cuda.synchronize()
     torch.cuda._sleep(_SLEEP_CYCLES)
+    began = time.perf_counter()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for number in range(_BURST):
         if number == _DROPPED:
@@ -100,6 +116,7 @@ def _burst(way: Any, call: Callable[[Any], Any]) -> float:
         call(way)
     end.record()
     torch.cuda.synchronize()
+    time.sleep(_REST * (time.perf_counter() - began))
     return begin.elapsed_time(end) / (_BURST - _DROPPED)
 
 

@@ -59,9 +59,14 @@ def test_another_way_must_be_faster_by_the_margin(monkeypatch: pytest.MonkeyPatc
     assert choices([{"fused a": 1.0, "whole": 0.96}], monkeypatch, "two") == ["whole"]
 
 
+def test_a_tie_goes_to_what_would_be_taken_unmeasured(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choices([{"fused b": 1.0, "fused a": 0.995}], monkeypatch, "one") == ["fused b"]
+    assert choices([{"fused b": 1.0, "fused a": 0.985}], monkeypatch, "two") == ["fused a"]
+
+
 def test_the_best_of_many_is_among_the_finalists(monkeypatch: pytest.MonkeyPatch) -> None:
-    times = {f"fused {number}": 1.0 + (number * 7 % 20) / 10 for number in range(20)}
-    assert choices([times], monkeypatch) == ["fused 0"]
+    times = {f"fused {number}": 1.0 + ((number + 7) * 7 % 20) / 10 for number in range(20)}
+    assert choices([times], monkeypatch) == ["fused 13"]
 
 
 def test_a_choice_is_kept_and_not_measured_again(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -168,8 +168,27 @@ class NvlinkTransport(Transport):
         )
         return epoch
 
+    def begin(self, messages: Plan, site: str) -> int:
+        """Begin an operation by hand; returns its epoch. ``push_early`` and ``wait``, then ``finish``.
+
+        Errors as of ``start``.
+        """
+        self.arena.reserve(messages.nbytes, site)
+        epoch: int = self.call(
+            self._engine.open, site, messages.schedule.op, messages.program, site, self._stream(), False
+        )
+        return epoch
+
+    def push_early(self, sends: list[int], sources: list[int], site: str) -> None:
+        """Push sends of these numbers, each from an address where it was complete at the beginning."""
+        self.call(self._engine.push_early, site, "all_gather", sends, sources)
+
+    def wait(self, arrival: int, site: str) -> None:
+        """Let the stream wait for the arrival of this number."""
+        self.call(self._engine.wait, site, "all_gather", arrival)
+
     def finish(self, site: str) -> None:
-        """End the operation that ``start`` began, once its stream has nothing more to do with what landed."""
+        """End the operation that was begun, once its stream has nothing more to do with what landed."""
         self.call(self._engine.close, site, "fused product")
 
     def abandon(self) -> None:
