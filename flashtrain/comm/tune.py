@@ -108,7 +108,6 @@ def _burst(way: Any, call: Callable[[Any], Any]) -> float:
     """Milliseconds of one call among several that the host has issued ahead."""
     torch.cuda.synchronize()
     torch.cuda._sleep(_SLEEP_CYCLES)
-    began = time.perf_counter()
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
     for number in range(_BURST):
         if number == _DROPPED:
@@ -116,8 +115,10 @@ def _burst(way: Any, call: Callable[[Any], Any]) -> float:
         call(way)
     end.record()
     torch.cuda.synchronize()
-    time.sleep(_REST * (time.perf_counter() - began))
-    return begin.elapsed_time(end) / (_BURST - _DROPPED)
+    taken: float = begin.elapsed_time(end)
+    # By the device's time: the host's counts how long others rested, and ranks would rest ever longer.
+    time.sleep(_REST * taken * 1e-3)
+    return taken / (_BURST - _DROPPED)
 
 
 def _agreed(times: dict[str, float], exchange: Callable[[str], list[str]]) -> dict[str, float]:

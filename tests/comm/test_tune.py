@@ -2,8 +2,10 @@
 
 import json
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -102,3 +104,37 @@ def test_batches_of_nearly_one_size_share_a_choice() -> None:
     assert len({tune.bucket(rows) for rows in range(8000, 8400)}) == 1
     assert [tune.bucket(rows) for rows in (0, 1, 2, 2048, 8192, 11585)] == [0, 1, 2, 2048, 8192, 11585]
     assert tune.bucket(2048) != tune.bucket(4096)
+
+
+def test_the_rest_after_a_burst_is_as_long_as_the_device_was_busy(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Not as long as the host waited: that holds the rest of the other ranks, so rests would grow and grow."""
+    world, busy = 2, 0.002
+    ranks, rested = Ranks(world), [[0.0] for _ in range(world)]
+    here = threading.local()
+
+    class Event:
+        def __init__(self, enable_timing: bool) -> None: ...
+
+        def record(self) -> None: ...
+
+        def elapsed_time(self, end: "Event") -> float:
+            return busy * 1e3
+
+    def rest(seconds: float) -> None:
+        rested[here.rank].append(seconds)
+        time.sleep(seconds)
+
+    monkeypatch.setattr(torch.cuda, "Event", Event)
+    monkeypatch.setattr(torch.cuda, "synchronize", lambda: None)
+    monkeypatch.setattr(torch.cuda, "_sleep", lambda cycles: None)
+    monkeypatch.setattr(tune, "time", SimpleNamespace(sleep=rest, perf_counter=time.perf_counter))
+    real = time.sleep
+
+    def main(rank: int, _: Ranks) -> None:
+        here.rank = rank
+        for _ in range(6):
+            # One rank comes late, and an operation ends when both have come.
+            tune._burst("way", lambda way: (real(0.001 * rank), ranks.barrier.wait(60)))
+
+    ranks.run(main)
+    assert max(max(times) for times in rested) < 10 * busy

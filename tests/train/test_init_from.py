@@ -120,7 +120,7 @@ def _first_state(rank: int, world: int, configs: list[Trainer.Config], out: str)
         transport.configure(config.comm)
         trainer = Trainer(config, Path(out) / str(number))
         trainer._build(torch.device("cpu"))
-        assert trainer._resume() == (1, [])
+        assert trainer._resume() == (1, {})
         state = dict(trainer.model.named_parameters()) | trainer.optimizer.state()
         found.append(
             {n: (t.full_tensor() if isinstance(t, DTensor) else t).detach() for n, t in state.items()}
