@@ -107,7 +107,7 @@ def test_batches_of_nearly_one_size_share_a_choice() -> None:
 
 
 def test_the_rest_after_a_burst_is_as_long_as_the_device_was_busy(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Not as long as the host waited: that holds the rest of the other ranks, so rests would grow and grow."""
+    """Not as long as the host waited: that holds the rests of other ranks, so they would grow and grow."""
     world, busy = 2, 0.002
     ranks, rested = Ranks(world), [[0.0] for _ in range(world)]
     here = threading.local()
