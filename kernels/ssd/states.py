@@ -1,0 +1,78 @@
+"""Kernel that carries the state from chunk to chunk: forward for states, backward for their gradients."""
+
+import triton
+import triton.language as tl
+
+
+@triton.jit
+def states_kernel(  # type: ignore[no-untyped-def]
+    x,
+    b,
+    delta,
+    total,
+    start,
+    states,
+    end,
+    sequence,
+    chunks,
+    heads,
+    per_group,
+    x_batch,
+    x_time,
+    b_batch,
+    b_time,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    BN: tl.constexpr,
+    Q: tl.constexpr,
+    REVERSE: tl.constexpr,
+    HAS_START: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """``BN`` columns of one head's state at every chunk border, in ``states`` ``[B, chunks, H, P, N]``.
+
+    Forward, from x and B: the state before each chunk, and after the last in ``end``; a chunk adds
+    Σ_s exp(total_Q - total_s) Δ_s x_s ⊗ B_s. REVERSE, from dy and C: the gradient of the state after each
+    chunk, and of the one before the first in ``end``; a chunk adds Σ_t exp(total_t) dy_t ⊗ C_t.
+
+    The state stays in fp32 registers for the whole sequence. Its columns do not depend on each other, so
+    they are what other blocks share: no pass over chunks that have been summed up before is needed.
+    """
+    column = tl.program_id(0) * BN + tl.arange(0, BN)
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    width = tl.arange(0, P)
+    row = tl.arange(0, Q)
+    tile = width[:, None] * N + column[None, :]
+    x += batch * x_batch + head * P
+    b += batch * b_batch + (head // per_group) * N
+    line = (batch * heads + head) * (chunks * Q)
+    if HAS_START:
+        state = tl.load(start + (batch * heads + head) * (P * N) + tile)
+    else:
+        state = tl.zeros((P, BN), dtype=tl.float32)
+    for index in tl.range(0, chunks, num_stages=STAGES):
+        if REVERSE:
+            chunk = chunks - 1 - index
+        else:
+            chunk = index
+        border = states + ((batch * chunks + chunk) * heads + head) * (P * N)
+        tl.store(border + tile, state.to(states.dtype.element_ty))
+        time = chunk * Q + row
+        inside = (time < sequence)[:, None]
+        at = time.to(tl.int64)[:, None]
+        inputs = tl.load(x + at * x_time + width[None, :], mask=inside, other=0.0)
+        keys = tl.load(b + at * b_time + column[None, :], mask=inside, other=0.0)
+        sums = tl.load(total + line + time)
+        last = tl.load(total + line + chunk * Q + Q - 1)
+        if REVERSE:
+            weight = tl.exp2(sums)
+        else:
+            weight = tl.exp2(last - sums) * tl.load(delta + line + time)
+        # Weights go on the operand that is not transposed: Triton 3.4 to 3.7.0 miscompiles products with a
+        # transposed tile that was computed in registers (flash-linear-attention#640).
+        keys = (keys.to(tl.float32) * weight[:, None]).to(x.dtype.element_ty)
+        state *= tl.exp2(last)
+        state = tl.dot(tl.trans(inputs), keys, state, input_precision=PRECISION)
+    tl.store(end + (batch * heads + head) * (P * N) + tile, state)

@@ -1,0 +1,280 @@
+"""The SSD recurrence on a GPU: five kernels, with the states between chunks as the only large intermediate.
+
+    decay      steps Δ and their running sums, head-major                               2 x [B, H, S]
+    states     the state at every chunk border, carried in registers                    [B, S/Q, H, P, N]
+    output     y, chunk by chunk
+    gradients  dx, shares of dB and dC, paths; after ``states`` both ways, recomputed   2 x [B, S/Q, H, P, N]
+    decay back ddt, dA and the bias's gradient out of the paths
+
+States at the borders are kept in x's dtype; carried states, sums and gradients of states in fp32. Every
+sum has one order, so results are the same bits again.
+"""
+
+from typing import NamedTuple
+
+import torch
+import triton
+from torch import Tensor
+
+from flashtrain.kernels.ssd.backward import gradients_kernel
+from flashtrain.kernels.ssd.config import Config, backward_config, forward_config
+from flashtrain.kernels.ssd.decay import decay_backward_kernel, decay_kernel
+from flashtrain.kernels.ssd.forward import output_kernel
+from flashtrain.kernels.ssd.states import states_kernel
+
+_DECAY_HEADS = 16  # heads of a block of the decay kernels: 32 or 64 bytes of a token's steps
+
+
+class Gradients(NamedTuple):
+    """Gradients of the inputs of ``forward``; those of inputs that were not given are None."""
+
+    x: Tensor
+    dt: Tensor
+    A: Tensor
+    B: Tensor
+    C: Tensor
+    D: Tensor | None
+    dt_bias: Tensor | None
+    initial_state: Tensor
+
+
+class _Shape:
+    """Sizes and inputs that every kernel of one pass shares."""
+
+    def __init__(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, config: Config) -> None:
+        self.batch, self.sequence, self.heads, self.width = x.shape
+        self.groups, self.states = B.shape[2:]
+        self.chunks = triton.cdiv(self.sequence, config.chunk)
+        self.padded = self.chunks * config.chunk
+        self.per_group = self.heads // self.groups
+        self.config, self.device = config, x.device
+        self.x, self.B, self.C = _rows(x), _rows(B), _rows(C)
+        self.dt = dt if dt.stride(2) == 1 else dt.contiguous()
+        self.precision = "ieee" if x.dtype == torch.float32 else "tf32"
+
+    def share(self) -> int:
+        """Heads of a block: as many as the configuration says, but a divisor of a group."""
+        return next(n for n in range(self.config.heads, 0, -1) if self.per_group % n == 0)
+
+    def empty(self, *shape: int) -> Tensor:
+        return torch.empty(shape, dtype=torch.float32, device=self.device)
+
+    def decay(self, A: Tensor, dt_bias: Tensor | None) -> tuple[Tensor, Tensor]:
+        """Δ and its running sums, ``[B, H, chunks · Q]``."""
+        delta, total = (self.empty(self.batch, self.heads, self.padded) for _ in range(2))
+        decay_kernel[(self.chunks, triton.cdiv(self.heads, _DECAY_HEADS), self.batch)](
+            self.dt,
+            dt_bias,
+            A,
+            delta,
+            total,
+            self.sequence,
+            self.padded,
+            self.heads,
+            *self.dt.stride()[:2],
+            Q=self.config.chunk,
+            BH=_DECAY_HEADS,
+            SOFTPLUS=dt_bias is not None,
+            num_warps=4,
+        )
+        return delta, total
+
+    def carry(
+        self, x: Tensor, b: Tensor, delta: Tensor, total: Tensor, start: Tensor | None, reverse: bool
+    ) -> tuple[Tensor, Tensor]:
+        """States at the borders ``[B, chunks, H, P, N]`` and at the end ``[B, H, P, N]``."""
+        config, size = self.config, (self.heads, self.width, self.states)
+        states = x.new_empty(self.batch, self.chunks, *size)
+        end = self.empty(self.batch, *size)
+        columns = min(config.columns, self.states)
+        states_kernel[(self.states // columns, self.heads, self.batch)](
+            x,
+            b,
+            delta,
+            total,
+            start,
+            states,
+            end,
+            self.sequence,
+            self.chunks,
+            self.heads,
+            self.per_group,
+            *x.stride()[:2],
+            *b.stride()[:2],
+            P=self.width,
+            N=self.states,
+            BN=columns,
+            Q=config.chunk,
+            REVERSE=reverse,
+            HAS_START=start is not None,
+            PRECISION=self.precision,
+            STAGES=config.scan_stages,
+            num_warps=config.scan_warps,
+        )
+        return states, end
+
+
+def forward(
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    config: Config | None = None,
+) -> tuple[Tensor, Tensor]:
+    """``(y [B, S, H, P], final state [B, H, P, N] in fp32)``; see ``reference.recurrence`` for the rest."""
+    config = config or forward_config(x.dtype)
+    shape = _Shape(x, dt, B, C, config)
+    y = dense_like(x)
+    delta, total = shape.decay(A, dt_bias)
+    start = None if initial_state is None else initial_state.float().contiguous()
+    states, final = shape.carry(shape.x, shape.B, delta, total, start, reverse=False)
+    heads = shape.share()
+    output_kernel[(shape.chunks, shape.heads // heads, shape.batch)](
+        shape.x,
+        shape.B,
+        shape.C,
+        delta,
+        total,
+        states,
+        D,
+        y,
+        shape.sequence,
+        shape.chunks,
+        shape.heads,
+        shape.groups,
+        *shape.x.stride()[:2],
+        *shape.B.stride()[:2],
+        *shape.C.stride()[:2],
+        *y.stride()[:2],
+        P=shape.width,
+        N=shape.states,
+        Q=config.chunk,
+        HEADS=heads,
+        SKIP=D is not None,
+        PRECISION=shape.precision,
+        STAGES=config.stages,
+        num_warps=config.warps,
+    )
+    return y, final
+
+
+def backward(
+    dy: Tensor,
+    d_final: Tensor | None,
+    x: Tensor,
+    dt: Tensor,
+    A: Tensor,
+    B: Tensor,
+    C: Tensor,
+    D: Tensor | None = None,
+    dt_bias: Tensor | None = None,
+    initial_state: Tensor | None = None,
+    config: Config | None = None,
+) -> Gradients:
+    """Gradients, given those of y ``[B, S, H, P]`` and of the final state ``[B, H, P, N]`` (None: zero).
+
+    Nothing but the inputs is needed from the forward pass.
+    """
+    config = config or backward_config(x.dtype)
+    shape = _Shape(x, dt, B, C, config)
+    dy, dx, heads = _rows(dy), dense_like(x), shape.share()
+    delta, total = shape.decay(A, dt_bias)
+    start = None if initial_state is None else initial_state.float().contiguous()
+    states, _ = shape.carry(shape.x, shape.B, delta, total, start, reverse=False)
+    start = None if d_final is None else d_final.float().contiguous()
+    d_states, d_initial = shape.carry(dy, shape.C, delta, total, start, reverse=True)
+    shares = shape.heads // heads
+    dB, dC = (shape.empty(shape.batch, shape.sequence, shares, shape.states) for _ in range(2))
+    at_read, at_write, within = (shape.empty(*delta.shape) for _ in range(3))
+    through, dA, d_bias, dD = (shape.empty(shape.batch, shape.chunks, shape.heads) for _ in range(4))
+    gradients_kernel[(shape.chunks, shares, shape.batch)](
+        shape.x,
+        shape.B,
+        shape.C,
+        dy,
+        delta,
+        total,
+        states,
+        d_states,
+        D,
+        dx,
+        dB,
+        dC,
+        at_read,
+        at_write,
+        within,
+        through,
+        dD,
+        shape.sequence,
+        shape.chunks,
+        shape.heads,
+        shape.groups,
+        *shape.x.stride()[:2],
+        *shape.B.stride()[:2],
+        *shape.C.stride()[:2],
+        *dy.stride()[:2],
+        *dx.stride()[:2],
+        P=shape.width,
+        N=shape.states,
+        Q=config.chunk,
+        HEADS=heads,
+        SKIP=D is not None,
+        PRECISION=shape.precision,
+        STAGES=config.stages,
+        num_warps=config.warps,
+    )
+    d_dt = dense_like(shape.dt)
+    decay_backward_kernel[(shape.chunks, triton.cdiv(shape.heads, _DECAY_HEADS), shape.batch)](
+        shape.dt,
+        dt_bias,
+        A,
+        delta,
+        at_read,
+        at_write,
+        within,
+        through,
+        d_dt,
+        dA,
+        d_bias,
+        shape.sequence,
+        shape.padded,
+        shape.heads,
+        shape.chunks,
+        *shape.dt.stride()[:2],
+        *d_dt.stride()[:2],
+        Q=config.chunk,
+        BH=_DECAY_HEADS,
+        SOFTPLUS=dt_bias is not None,
+        num_warps=4,
+    )
+
+    def of_group(parts: Tensor, like: Tensor) -> Tensor:
+        return parts.unflatten(2, (shape.groups, -1)).sum(3).to(like.dtype)
+
+    return Gradients(
+        dx,
+        d_dt,
+        dA.sum((0, 1)).to(A.dtype),
+        of_group(dB, B),
+        of_group(dC, C),
+        None if D is None else dD.sum((0, 1)).to(D.dtype),
+        None if dt_bias is None else d_bias.sum((0, 1)).to(dt_bias.dtype),
+        d_initial,
+    )
+
+
+def dense_like(x: Tensor) -> Tensor:
+    """Uninitialised and dense, with the order of x's first two dimensions ``[B, S, ...]`` in memory."""
+    if x.stride(0) < x.stride(1):
+        return torch.empty_like(x.transpose(0, 1), memory_format=torch.contiguous_format).transpose(0, 1)
+    return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def _rows(x: Tensor) -> Tensor:
+    """``x [B, S, H, P]`` with H·P contiguous values a token; batch and sequence may have any stride."""
+    packed = x.stride(3) == 1 and (x.shape[2] == 1 or x.stride(2) == x.shape[3])
+    return x if packed else x.contiguous()
