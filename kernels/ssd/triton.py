@@ -1,9 +1,10 @@
-"""The SSD recurrence on a GPU: five kernels, with the states between chunks as the only large intermediate.
+"""The SSD recurrence on a GPU: six kernels, with the states between chunks as the only large intermediate.
 
     decay      steps Δ and their running sums, head-major                               2 x [B, H, S]
     states     the state at every chunk border, carried in registers                    [B, S/Q, H, P, N]
     output     y, chunk by chunk
-    gradients  dx, shares of dB and dC, paths; after ``states`` both ways, recomputed   2 x [B, S/Q, H, P, N]
+    inputs     dx and paths of the decay; after ``states`` both ways, recomputed        2 x [B, S/Q, H, P, N]
+    group      dB and dC, summed over the heads of a group
     decay back ddt, dA and the bias's gradient out of the paths
 
 States at the borders are kept in x's dtype; carried states, sums and gradients of states in fp32. Every
@@ -16,10 +17,11 @@ import torch
 import triton
 from torch import Tensor
 
-from flashtrain.kernels.ssd.backward import gradients_kernel
+from flashtrain.kernels.ssd.backward import inputs_gradient_kernel
 from flashtrain.kernels.ssd.config import Config, backward_config, forward_config
 from flashtrain.kernels.ssd.decay import decay_backward_kernel, decay_kernel
 from flashtrain.kernels.ssd.forward import output_kernel
+from flashtrain.kernels.ssd.group import group_gradient_kernel
 from flashtrain.kernels.ssd.states import states_kernel
 
 _DECAY_HEADS = 16  # heads of a block of the decay kernels: 32 or 64 bytes of a token's steps
@@ -113,6 +115,41 @@ class _Shape:
         )
         return states, end
 
+    def group_gradient(
+        self, x: Tensor, other: Tensor, states: Tensor, mixed: Tensor, delta: Tensor, total: Tensor, of_b: bool
+    ) -> Tensor:
+        """dB or dC ``[B, S, G, N]``, in the dtype of ``other``."""
+        config = self.config
+        out = torch.empty(
+            self.batch, self.sequence, self.groups, self.states, dtype=other.dtype, device=self.device
+        )
+        columns = min(config.columns, self.states)
+        group_gradient_kernel[(self.chunks, self.states // columns, self.batch * self.groups)](
+            x,
+            other,
+            states,
+            mixed,
+            delta,
+            total,
+            out,
+            self.sequence,
+            self.chunks,
+            self.heads,
+            self.groups,
+            mixed.shape[2],
+            *x.stride()[:2],
+            *other.stride()[:2],
+            P=self.width,
+            N=self.states,
+            BN=columns,
+            Q=config.chunk,
+            OF_B=of_b,
+            PRECISION=self.precision,
+            STAGES=config.scan_stages,
+            num_warps=config.scan_warps,
+        )
+        return out
+
 
 def forward(
     x: Tensor,
@@ -188,10 +225,10 @@ def backward(
     start = None if d_final is None else d_final.float().contiguous()
     d_states, d_initial = shape.carry(dy, shape.C, delta, total, start, reverse=True)
     shares = shape.heads // heads
-    dB, dC = (shape.empty(shape.batch, shape.sequence, shares, shape.states) for _ in range(2))
+    mixed = x.new_empty(shape.batch, shape.chunks, shares, config.chunk, config.chunk)
     at_read, at_write, within = (shape.empty(*delta.shape) for _ in range(3))
     through, dA, d_bias, dD = (shape.empty(shape.batch, shape.chunks, shape.heads) for _ in range(4))
-    gradients_kernel[(shape.chunks, shares, shape.batch)](
+    inputs_gradient_kernel[(shape.chunks, shares, shape.batch)](
         shape.x,
         shape.B,
         shape.C,
@@ -202,8 +239,7 @@ def backward(
         d_states,
         D,
         dx,
-        dB,
-        dC,
+        mixed,
         at_read,
         at_write,
         within,
@@ -227,6 +263,8 @@ def backward(
         STAGES=config.stages,
         num_warps=config.warps,
     )
+    dB = shape.group_gradient(shape.x, shape.C, d_states, mixed, delta, total, of_b=True)
+    dC = shape.group_gradient(dy, shape.B, states, mixed, delta, total, of_b=False)
     d_dt = dense_like(shape.dt)
     decay_backward_kernel[(shape.chunks, triton.cdiv(shape.heads, _DECAY_HEADS), shape.batch)](
         shape.dt,
@@ -252,15 +290,12 @@ def backward(
         num_warps=4,
     )
 
-    def of_group(parts: Tensor, like: Tensor) -> Tensor:
-        return parts.unflatten(2, (shape.groups, -1)).sum(3).to(like.dtype)
-
     return Gradients(
         dx,
         d_dt,
         dA.sum((0, 1)).to(A.dtype),
-        of_group(dB, B),
-        of_group(dC, C),
+        dB,
+        dC,
         None if D is None else dD.sum((0, 1)).to(D.dtype),
         None if dt_bias is None else d_bias.sum((0, 1)).to(dt_bias.dtype),
         d_initial,
