@@ -64,37 +64,51 @@ def inputs_gradient_kernel(  # type: ignore[no-untyped-def]
     row = tl.arange(0, Q)
     state_column = tl.arange(0, N)
     width = tl.arange(0, P)
-    time = chunk * Q + row
-    inside = (time < sequence)[:, None]
-    at = time.to(tl.int64)[:, None]
-    keys = tl.load(b + batch * b_batch + at * b_time + group * N + state_column[None, :], mask=inside, other=0.0)
-    queries = tl.load(
-        c + batch * c_batch + at * c_time + group * N + state_column[None, :], mask=inside, other=0.0
-    )
+    # Scalars in 64 bits move the pointers; offsets inside a tile are 32 bits, or each element's address would
+    # take two registers of its own.
+    start = (chunk * Q).to(tl.int64)
+    inside = (start + row < sequence)[:, None]
+    state_tile = width[:, None] * N + state_column[None, :]
+    b_tile = row[:, None] * b_time + state_column[None, :]
+    keys = tl.load(b + batch * b_batch + start * b_time + group * N + b_tile, mask=inside, other=0.0)
+    c_tile = row[:, None] * c_time + state_column[None, :]
+    queries = tl.load(c + batch * c_batch + start * c_time + group * N + c_tile, mask=inside, other=0.0)
     scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
     causal = row[:, None] <= row[None, :]
-    x += batch * x_batch + at * x_time + first * P + width[None, :]
-    dy += batch * dy_batch + at * dy_time + first * P + width[None, :]
-    dx += batch * dx_batch + at * dx_time + first * P + width[None, :]
-    line = (batch * heads + first) * (chunks * Q) + time
-    last_place = (batch * heads + first) * (chunks * Q) + chunk * Q + Q - 1
+    x += batch * x_batch + start * x_time + first * P
+    dy += batch * dy_batch + start * dy_time + first * P
+    dx += batch * dx_batch + start * dx_time + first * P
+    x_tile = row[:, None] * x_time + width[None, :]
+    dy_tile = row[:, None] * dy_time + width[None, :]
+    dx_tile = row[:, None] * dx_time + width[None, :]
+    padded = chunks * Q
+    line = (batch * heads + first) * padded + start
     per_head = (batch * chunks + chunk) * heads + first
-    border = per_head * (P * N) + width[:, None] * N + state_column[None, :]
+    states += per_head * (P * N)
+    d_states += per_head * (P * N)
     sum_mixed = tl.zeros((Q, Q), dtype=tl.float32)
     for head in tl.range(0, HEADS, num_stages=STAGES):
-        inputs = tl.load(x + head * P, mask=inside, other=0.0)
-        d_out = tl.load(dy + head * P, mask=inside, other=0.0)
-        state = tl.load(states + border + head * (P * N))
-        d_state = tl.load(d_states + border + head * (P * N))
-        sums = tl.load(total + line + head * (chunks * Q))
-        step = tl.load(delta + line + head * (chunks * Q))
-        last = tl.load(total + last_place + head * (chunks * Q))
+        inputs = tl.load(x + head * P + x_tile, mask=inside, other=0.0)
+        d_out = tl.load(dy + head * P + dy_tile, mask=inside, other=0.0)
+        state = tl.load(states + head * (P * N) + state_tile)
+        d_state = tl.load(d_states + head * (P * N) + state_tile)
+        here = line + head * padded
+        sums = tl.load(total + here + row)
+        step = tl.load(delta + here + row)
+        last = tl.load(total + here + (Q - 1))
         since = tl.exp2(sums)
         until = tl.exp2(last - sums)
+
+        # First, because tiles that are read into registers stay there from the start of the loop's body on.
+        across = tl.sum(tl.sum(state.to(tl.float32) * d_state.to(tl.float32), axis=1), axis=0)
 
         # Inside the chunk.
         decay = tl.exp2(tl.where(causal, sums[None, :] - sums[:, None], float("-inf")))
         d_mixing = tl.dot(inputs, tl.trans(d_out), input_precision=PRECISION)
+        if SKIP:
+            # The diagonal of x·dyᵀ is what D sees.
+            diagonal = tl.where(row[:, None] == row[None, :], d_mixing, 0.0)
+            tl.store(d_skip + per_head + head, tl.sum(tl.sum(diagonal, axis=1), axis=0))
         mixing = scores * decay
         paths = d_mixing * mixing
         sum_mixed += d_mixing * decay * step[:, None]
@@ -108,19 +122,13 @@ def inputs_gradient_kernel(  # type: ignore[no-untyped-def]
         d_inputs *= step[:, None]
         if SKIP:
             d_inputs += d_out.to(tl.float32) * tl.load(skip + first + head).to(tl.float32)
-            # The diagonal of x·dyᵀ is what D sees.
-            diagonal = tl.where(row[:, None] == row[None, :], d_mixing, 0.0)
-            tl.store(d_skip + per_head + head, tl.sum(tl.sum(diagonal, axis=1), axis=0))
-        tl.store(dx + head * P, d_inputs.to(dx.dtype.element_ty), mask=inside)
+        tl.store(dx + head * P + dx_tile, d_inputs.to(dx.dtype.element_ty), mask=inside)
         arriving = tl.dot(queries, tl.trans(state), input_precision=PRECISION)
         before = tl.sum(arriving * d_out.to(tl.float32), axis=1) * since
-        across = tl.sum(tl.sum(state.to(tl.float32) * d_state.to(tl.float32), axis=1), axis=0)
 
-        place = line + head * (chunks * Q)
-        tl.store(within + place, from_write)
-        tl.store(at_write + place, beyond)
-        tl.store(at_read + place, to_read + before - from_write * step)
+        tl.store(within + here + row, from_write)
+        tl.store(at_write + here + row, beyond)
+        tl.store(at_read + here + row, to_read + before - from_write * step)
         tl.store(through + per_head + head, across * tl.exp2(last))
-
-    square = ((batch * chunks + chunk) * (heads // HEADS) + share) * (Q * Q) + row[:, None] * Q + row[None, :]
-    tl.store(mixed + square, sum_mixed.to(mixed.dtype.element_ty))
+    mixed += ((batch * chunks + chunk) * (heads // HEADS) + share) * (Q * Q)
+    tl.store(mixed + row[:, None] * Q + row[None, :], sum_mixed.to(mixed.dtype.element_ty))

@@ -46,29 +46,31 @@ def output_kernel(  # type: ignore[no-untyped-def]
     row = tl.arange(0, Q)
     state_column = tl.arange(0, N)
     width = tl.arange(0, P)
-    time = chunk * Q + row
-    inside = (time < sequence)[:, None]
-    at = time.to(tl.int64)[:, None]
-    keys = tl.load(b + batch * b_batch + at * b_time + group * N + state_column[None, :], mask=inside, other=0.0)
-    queries = tl.load(
-        c + batch * c_batch + at * c_time + group * N + state_column[None, :], mask=inside, other=0.0
-    )
+    start = (chunk * Q).to(tl.int64)  # see backward.py for what is 64 and what 32 bits wide
+    inside = (start + row < sequence)[:, None]
+    state_tile = width[:, None] * N + state_column[None, :]
+    b_tile = row[:, None] * b_time + state_column[None, :]
+    keys = tl.load(b + batch * b_batch + start * b_time + group * N + b_tile, mask=inside, other=0.0)
+    c_tile = row[:, None] * c_time + state_column[None, :]
+    queries = tl.load(c + batch * c_batch + start * c_time + group * N + c_tile, mask=inside, other=0.0)
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
     causal = row[:, None] >= row[None, :]
-    x += batch * x_batch + at * x_time + first * P + width[None, :]
-    y += batch * y_batch + at * y_time + first * P + width[None, :]
-    line = (batch * heads + first) * (chunks * Q) + time
-    border = ((batch * chunks + chunk) * heads + first) * (P * N)
-    states += border + width[:, None] * N + state_column[None, :]
+    x += batch * x_batch + start * x_time + first * P
+    y += batch * y_batch + start * y_time + first * P
+    x_tile = row[:, None] * x_time + width[None, :]
+    y_tile = row[:, None] * y_time + width[None, :]
+    padded = chunks * Q
+    line = (batch * heads + first) * padded + start
+    states += ((batch * chunks + chunk) * heads + first) * (P * N)
     for head in tl.range(0, HEADS, num_stages=STAGES):
-        inputs = tl.load(x + head * P, mask=inside, other=0.0)
-        state = tl.load(states + head * (P * N))
-        sums = tl.load(total + line + head * (chunks * Q))
-        step = tl.load(delta + line + head * (chunks * Q))
+        inputs = tl.load(x + head * P + x_tile, mask=inside, other=0.0)
+        state = tl.load(states + head * (P * N) + state_tile)
+        sums = tl.load(total + line + head * padded + row)
+        step = tl.load(delta + line + head * padded + row)
         decay = tl.exp2(tl.where(causal, sums[:, None] - sums[None, :], float("-inf")))
         mixing = (scores * decay * step[None, :]).to(x.dtype.element_ty)
         out = tl.dot(queries, tl.trans(state), input_precision=PRECISION) * tl.exp2(sums)[:, None]
         out = tl.dot(mixing, inputs, out, input_precision=PRECISION)
         if SKIP:
             out += inputs.to(tl.float32) * tl.load(skip + first + head).to(tl.float32)
-        tl.store(y + head * P, out.to(y.dtype.element_ty), mask=inside)
+        tl.store(y + head * P + y_tile, out.to(y.dtype.element_ty), mask=inside)

@@ -46,38 +46,39 @@ def group_gradient_kernel(  # type: ignore[no-untyped-def]
     first = group * per_group
     row = tl.arange(0, Q)
     width = tl.arange(0, P)
-    time = chunk * Q + row
-    inside = (time < sequence)[:, None]
-    at = time.to(tl.int64)[:, None]
-    x += batch * x_batch + at * x_time + first * P + width[None, :]
-    line = (batch * heads + first) * (chunks * Q) + time
-    last_place = (batch * heads + first) * (chunks * Q) + chunk * Q + Q - 1
-    states += ((batch * chunks + chunk) * heads + first) * (P * N) + width[:, None] * N + column[None, :]
+    start = (chunk * Q).to(tl.int64)  # see backward.py for what is 64 and what 32 bits wide
+    inside = (start + row < sequence)[:, None]
+    x += batch * x_batch + start * x_time + first * P
+    x_tile = row[:, None] * x_time + width[None, :]
+    padded = chunks * Q
+    line = (batch * heads + first) * padded + start
+    states += ((batch * chunks + chunk) * heads + first) * (P * N)
+    state_tile = width[:, None] * N + column[None, :]
     total_gradient = tl.zeros((Q, BN), dtype=tl.float32)
     for head in tl.range(0, per_group, num_stages=STAGES):
-        inputs = tl.load(x + head * P, mask=inside, other=0.0)
-        state = tl.load(states + head * (P * N))
-        sums = tl.load(total + line + head * (chunks * Q))
+        inputs = tl.load(x + head * P + x_tile, mask=inside, other=0.0)
+        state = tl.load(states + head * (P * N) + state_tile)
+        here = line + head * padded
+        sums = tl.load(total + here + row)
         if OF_B:
-            step = tl.load(delta + line + head * (chunks * Q))
-            weight = tl.exp2(tl.load(total + last_place + head * (chunks * Q)) - sums) * step
+            step = tl.load(delta + here + row)
+            weight = tl.exp2(tl.load(total + here + (Q - 1)) - sums) * step
         else:
             weight = tl.exp2(sums)
         weighted = (inputs.to(tl.float32) * weight[:, None]).to(x.dtype.element_ty)
         total_gradient = tl.dot(weighted, state, total_gradient, input_precision=PRECISION)
 
-    rows = tl.load(
-        other + batch * other_batch + at * other_time + group * N + column[None, :], mask=inside, other=0.0
-    )
+    other += batch * other_batch + start * other_time + group * N
+    rows = tl.load(other + row[:, None] * other_time + column[None, :], mask=inside, other=0.0)
     if OF_B:
         square = row[:, None] * Q + row[None, :]
     else:
         square = row[None, :] * Q + row[:, None]
     parts = shares // groups
-    mixed += ((batch * chunks + chunk) * shares + group * parts) * (Q * Q) + square
+    mixed += ((batch * chunks + chunk) * shares + group * parts) * (Q * Q)
     for part in range(parts):
         total_gradient = tl.dot(
-            tl.load(mixed + part * (Q * Q)), rows, total_gradient, input_precision=PRECISION
+            tl.load(mixed + part * (Q * Q) + square), rows, total_gradient, input_precision=PRECISION
         )
-    place = ((batch * sequence + at) * groups + group) * N + column[None, :]
-    tl.store(out + place, total_gradient.to(out.dtype.element_ty), mask=inside)
+    out += ((batch * sequence + start) * groups + group) * N
+    tl.store(out + row[:, None] * (groups * N) + column[None, :], total_gradient.to(out.dtype.element_ty), mask=inside)

@@ -47,6 +47,8 @@ def states_kernel(  # type: ignore[no-untyped-def]
     tile = width[:, None] * N + column[None, :]
     x += batch * x_batch + head * P
     b += batch * b_batch + (head // per_group) * N
+    x_tile = row[:, None] * x_time + width[None, :]
+    b_tile = row[:, None] * b_time + column[None, :]
     line = (batch * heads + head) * (chunks * Q)
     if HAS_START:
         state = tl.load(start + (batch * heads + head) * (P * N) + tile)
@@ -59,17 +61,17 @@ def states_kernel(  # type: ignore[no-untyped-def]
             chunk = index
         border = states + ((batch * chunks + chunk) * heads + head) * (P * N)
         tl.store(border + tile, state.to(states.dtype.element_ty))
-        time = chunk * Q + row
-        inside = (time < sequence)[:, None]
-        at = time.to(tl.int64)[:, None]
-        inputs = tl.load(x + at * x_time + width[None, :], mask=inside, other=0.0)
-        keys = tl.load(b + at * b_time + column[None, :], mask=inside, other=0.0)
-        sums = tl.load(total + line + time)
-        last = tl.load(total + line + chunk * Q + Q - 1)
+        start_time = (chunk * Q).to(tl.int64)  # see backward.py for what is 64 and what 32 bits wide
+        inside = (start_time + row < sequence)[:, None]
+        inputs = tl.load(x + start_time * x_time + x_tile, mask=inside, other=0.0)
+        keys = tl.load(b + start_time * b_time + b_tile, mask=inside, other=0.0)
+        here = line + start_time
+        sums = tl.load(total + here + row)
+        last = tl.load(total + here + (Q - 1))
         if REVERSE:
             weight = tl.exp2(sums)
         else:
-            weight = tl.exp2(last - sums) * tl.load(delta + line + time)
+            weight = tl.exp2(last - sums) * tl.load(delta + here + row)
         # Weights go on the operand that is not transposed: Triton 3.4 to 3.7.0 miscompiles products with a
         # transposed tile that was computed in registers (flash-linear-attention#640).
         keys = (keys.to(tl.float32) * weight[:, None]).to(x.dtype.element_ty)
