@@ -29,12 +29,12 @@ class Config:
 # over heads; at Q = 64 they fit the registers of 8 warps, at 128 they do not.
 _HALF = (
     Config(chunk=128, heads=8, warps=8, stages=2, columns=64, scan_warps=4, scan_stages=3),
-    Config(chunk=64, heads=16, warps=8, stages=2, columns=64, scan_warps=4, scan_stages=3),
+    Config(chunk=64, heads=16, warps=4, stages=2, columns=64, scan_warps=4, scan_stages=3),
 )
 # fp32 is for comparing runs: products are IEEE fp32 on the plain units, so small tiles and no pipeline.
 _SINGLE = (
-    Config(chunk=32, heads=8, warps=8, stages=1, columns=32, scan_warps=4, scan_stages=1),
-    Config(chunk=32, heads=8, warps=8, stages=1, columns=32, scan_warps=4, scan_stages=1),
+    Config(chunk=32, heads=8, warps=16, stages=1, columns=32, scan_warps=4, scan_stages=1),
+    Config(chunk=32, heads=8, warps=16, stages=1, columns=32, scan_warps=4, scan_stages=1),
 )
 
 

@@ -81,4 +81,8 @@ def group_gradient_kernel(  # type: ignore[no-untyped-def]
             tl.load(mixed + part * (Q * Q) + square), rows, total_gradient, input_precision=PRECISION
         )
     out += ((batch * sequence + start) * groups + group) * N
-    tl.store(out + row[:, None] * (groups * N) + column[None, :], total_gradient.to(out.dtype.element_ty), mask=inside)
+    tl.store(
+        out + row[:, None] * (groups * N) + column[None, :],
+        total_gradient.to(out.dtype.element_ty),
+        mask=inside,
+    )

@@ -17,6 +17,7 @@ import torch
 import triton
 from torch import Tensor
 
+from flashtrain.kernels.layout import dense_like
 from flashtrain.kernels.ssd.backward import inputs_gradient_kernel
 from flashtrain.kernels.ssd.config import Config, backward_config, forward_config
 from flashtrain.kernels.ssd.decay import decay_backward_kernel, decay_kernel
@@ -116,7 +117,14 @@ class _Shape:
         return states, end
 
     def group_gradient(
-        self, x: Tensor, other: Tensor, states: Tensor, mixed: Tensor, delta: Tensor, total: Tensor, of_b: bool
+        self,
+        x: Tensor,
+        other: Tensor,
+        states: Tensor,
+        mixed: Tensor,
+        delta: Tensor,
+        total: Tensor,
+        of_b: bool,
     ) -> Tensor:
         """dB or dC ``[B, S, G, N]``, in the dtype of ``other``."""
         config = self.config
@@ -300,13 +308,6 @@ def backward(
         None if dt_bias is None else d_bias.sum((0, 1)).to(dt_bias.dtype),
         d_initial,
     )
-
-
-def dense_like(x: Tensor) -> Tensor:
-    """Uninitialised and dense, with the order of x's first two dimensions ``[B, S, ...]`` in memory."""
-    if x.stride(0) < x.stride(1):
-        return torch.empty_like(x.transpose(0, 1), memory_format=torch.contiguous_format).transpose(0, 1)
-    return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
 def _rows(x: Tensor) -> Tensor:
