@@ -12,7 +12,6 @@ def inputs_gradient_kernel(  # type: ignore[no-untyped-def]
     dy,
     delta,
     total,
-    states,
     d_states,
     skip,
     dx,
@@ -20,7 +19,6 @@ def inputs_gradient_kernel(  # type: ignore[no-untyped-def]
     at_read,
     at_write,
     within,
-    through,
     d_skip,
     sequence,
     chunks,
@@ -46,15 +44,15 @@ def inputs_gradient_kernel(  # type: ignore[no-untyped-def]
 ):
     """dx, the parts of dΔ and the products that dB and dC share, of ``HEADS`` heads of one group in one chunk.
 
-    With ``L_ts = exp(total_t - total_s)`` for s <= t, S the state before the chunk, dS the gradient of the
-    state after it, and ``e_s = exp(total_Q - total_s)``:
+    With ``L_ts = exp(total_t - total_s)`` for s <= t, dS the gradient of the state after the chunk, and
+    ``e_s = exp(total_Q - total_s)``:
 
         dx_s     = Δ_s (Σ_t (C_t·B_s) L_ts dy_t + e_s dS B_s) + D dy_s
         mixed_st = L_ts Δ_s (dy_t·x_s), summed over the heads: ``[B, chunks, H/HEADS, Q, Q]``
 
     Square tiles are ``[s, t]``, so that none is transposed in registers: Triton 3.4 to 3.7.0 miscompiles
     products with such an operand on Hopper (flash-linear-attention#640). See ``decay.decay_backward_kernel``
-    for ``at_read``, ``at_write``, ``within`` and ``through``.
+    for ``at_read``, ``at_write`` and ``within``.
     """
     chunk = tl.program_id(0)
     share = tl.program_id(1)
@@ -84,23 +82,17 @@ def inputs_gradient_kernel(  # type: ignore[no-untyped-def]
     padded = chunks * Q
     line = (batch * heads + first) * padded + start
     per_head = (batch * chunks + chunk) * heads + first
-    states += per_head * (P * N)
     d_states += per_head * (P * N)
     sum_mixed = tl.zeros((Q, Q), dtype=tl.float32)
     for head in tl.range(0, HEADS, num_stages=STAGES):
         inputs = tl.load(x + head * P + x_tile, mask=inside, other=0.0)
         d_out = tl.load(dy + head * P + dy_tile, mask=inside, other=0.0)
-        state = tl.load(states + head * (P * N) + state_tile)
         d_state = tl.load(d_states + head * (P * N) + state_tile)
         here = line + head * padded
         sums = tl.load(total + here + row)
         step = tl.load(delta + here + row)
         last = tl.load(total + here + (Q - 1))
-        since = tl.exp2(sums)
         until = tl.exp2(last - sums)
-
-        # First, because tiles that are read into registers stay there from the start of the loop's body on.
-        across = tl.sum(tl.sum(state.to(tl.float32) * d_state.to(tl.float32), axis=1), axis=0)
 
         # Inside the chunk.
         decay = tl.exp2(tl.where(causal, sums[None, :] - sums[:, None], float("-inf")))
@@ -115,7 +107,7 @@ def inputs_gradient_kernel(  # type: ignore[no-untyped-def]
         from_write = tl.sum(paths, axis=1)
         to_read = tl.sum(paths * step[:, None], axis=0)
 
-        # Over its borders.
+        # From after the chunk.
         d_inputs = tl.dot(keys, tl.trans(d_state), input_precision=PRECISION) * until[:, None]
         beyond = tl.sum(d_inputs * inputs.to(tl.float32), axis=1)
         d_inputs = tl.dot(mixing.to(x.dtype.element_ty), d_out, d_inputs, input_precision=PRECISION)
@@ -123,12 +115,9 @@ def inputs_gradient_kernel(  # type: ignore[no-untyped-def]
         if SKIP:
             d_inputs += d_out.to(tl.float32) * tl.load(skip + first + head).to(tl.float32)
         tl.store(dx + head * P + dx_tile, d_inputs.to(dx.dtype.element_ty), mask=inside)
-        arriving = tl.dot(queries, tl.trans(state), input_precision=PRECISION)
-        before = tl.sum(arriving * d_out.to(tl.float32), axis=1) * since
 
         tl.store(within + here + row, from_write)
         tl.store(at_write + here + row, beyond)
-        tl.store(at_read + here + row, to_read + before - from_write * step)
-        tl.store(through + per_head + head, across * tl.exp2(last))
+        tl.store(at_read + here + row, to_read - from_write * step)
     mixed += ((batch * chunks + chunk) * (heads // HEADS) + share) * (Q * Q)
     tl.store(mixed + row[:, None] * Q + row[None, :], sum_mixed.to(mixed.dtype.element_ty))

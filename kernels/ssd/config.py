@@ -22,19 +22,61 @@ class Config:
     columns: int
     scan_warps: int
     scan_stages: int
+    group_warps: int
+    group_stages: int
 
 
 # Forward: a chunk of 128 halves the states that go through memory against 64, and costs no registers, since
 # one accumulator [128, P] is live. Backward: four accumulators over [Q, Q] and [Q, N] live through the loop
 # over heads; at Q = 64 they fit the registers of 8 warps, at 128 they do not.
 _HALF = (
-    Config(chunk=128, heads=8, warps=8, stages=2, columns=64, scan_warps=4, scan_stages=3),
-    Config(chunk=64, heads=16, warps=4, stages=2, columns=64, scan_warps=4, scan_stages=3),
+    Config(
+        chunk=128,
+        heads=8,
+        warps=8,
+        stages=2,
+        columns=64,
+        scan_warps=4,
+        scan_stages=3,
+        group_warps=4,
+        group_stages=2,
+    ),
+    Config(
+        chunk=64,
+        heads=16,
+        warps=4,
+        stages=2,
+        columns=64,
+        scan_warps=4,
+        scan_stages=3,
+        group_warps=4,
+        group_stages=2,
+    ),
 )
 # fp32 is for comparing runs: products are IEEE fp32 on the plain units, so small tiles and no pipeline.
 _SINGLE = (
-    Config(chunk=32, heads=8, warps=16, stages=1, columns=32, scan_warps=4, scan_stages=1),
-    Config(chunk=32, heads=8, warps=16, stages=1, columns=32, scan_warps=4, scan_stages=1),
+    Config(
+        chunk=32,
+        heads=8,
+        warps=16,
+        stages=1,
+        columns=32,
+        scan_warps=4,
+        scan_stages=1,
+        group_warps=16,
+        group_stages=1,
+    ),
+    Config(
+        chunk=32,
+        heads=8,
+        warps=16,
+        stages=1,
+        columns=32,
+        scan_warps=4,
+        scan_stages=1,
+        group_warps=16,
+        group_stages=1,
+    ),
 )
 
 

@@ -61,6 +61,7 @@ def decay_backward_kernel(  # type: ignore[no-untyped-def]
     rate,
     delta,
     at_read,
+    before,
     at_write,
     within,
     through,
@@ -79,12 +80,13 @@ def decay_backward_kernel(  # type: ignore[no-untyped-def]
     BH: tl.constexpr,
     SOFTPLUS: tl.constexpr,
 ):
-    """Gradients of the raw steps, and of A and the bias per chunk, from what ``backward.py`` has written.
+    """Gradients of the raw steps, and of A and the bias per chunk, from sums over paths of the decay.
 
-    The log decay of step t lies on all paths from a write before t to a read at or after t, so its gradient is
-    the sum over these paths. ``at_read`` holds at τ the paths that end there, less those of the same chunk
-    that begin there; ``at_write`` times Δ the paths that begin there and leave the chunk; ``through`` those
-    that cross the whole chunk. Sums stay inside the chunk, so that no error grows with the sequence.
+    The log decay of step t lies on every path from a write before t to a read at or after t, so its gradient
+    is the sum over these paths. ``at_read`` holds at τ the paths inside the chunk that end there less those
+    that begin there, ``before`` those from earlier chunks that end there, ``at_write`` times Δ those that
+    begin there and leave the chunk, ``through`` those that cross all of it; ``within`` plus ``at_write`` is
+    the gradient of Δ as a factor of x. Sums stay inside the chunk: no error grows with the sequence.
     """
     chunk = tl.program_id(0)
     batch = tl.program_id(2).to(tl.int64)
@@ -95,6 +97,7 @@ def decay_backward_kernel(  # type: ignore[no-untyped-def]
     place = (batch * heads + head)[None, :] * padded + time[:, None]
     step = tl.load(delta + place, mask=known, other=0.0)
     reads = tl.load(at_read + place, mask=known, other=0.0)
+    reads += tl.load(before + place, mask=known, other=0.0)
     leaving = tl.load(at_write + place, mask=known, other=0.0)
     crossing = tl.load(through + (batch * chunks + chunk) * heads + head, mask=head < heads, other=0.0)
     writes = step * leaving

@@ -1,11 +1,11 @@
-"""Kernel that carries the state from chunk to chunk: forward for states, backward for their gradients."""
+"""Kernels that carry the state from chunk to chunk: forward for states, backward for their gradients."""
 
 import triton
 import triton.language as tl
 
 
 @triton.jit
-def states_kernel(  # type: ignore[no-untyped-def]
+def carry(  # type: ignore[no-untyped-def]
     x,
     b,
     delta,
@@ -13,6 +13,9 @@ def states_kernel(  # type: ignore[no-untyped-def]
     start,
     states,
     end,
+    column,
+    head,
+    batch,
     sequence,
     chunks,
     heads,
@@ -23,14 +26,13 @@ def states_kernel(  # type: ignore[no-untyped-def]
     b_time,
     P: tl.constexpr,
     N: tl.constexpr,
-    BN: tl.constexpr,
     Q: tl.constexpr,
     REVERSE: tl.constexpr,
     HAS_START: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """``BN`` columns of one head's state at every chunk border, in ``states`` ``[B, chunks, H, P, N]``.
+    """Columns of one head's state at every chunk border, in ``states`` ``[B, chunks, H, P, N]``.
 
     Forward, from x and B: the state before each chunk, and after the last in ``end``; a chunk adds
     Σ_s exp(total_Q - total_s) Δ_s x_s ⊗ B_s. REVERSE, from dy and C: the gradient of the state after each
@@ -39,9 +41,6 @@ def states_kernel(  # type: ignore[no-untyped-def]
     The state stays in fp32 registers for the whole sequence. Its columns do not depend on each other, so
     they are what other blocks share: no pass over chunks that have been summed up before is needed.
     """
-    column = tl.program_id(0) * BN + tl.arange(0, BN)
-    head = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
     width = tl.arange(0, P)
     row = tl.arange(0, Q)
     tile = width[:, None] * N + column[None, :]
@@ -53,7 +52,7 @@ def states_kernel(  # type: ignore[no-untyped-def]
     if HAS_START:
         state = tl.load(start + (batch * heads + head) * (P * N) + tile)
     else:
-        state = tl.zeros((P, BN), dtype=tl.float32)
+        state = tl.zeros((P, column.shape[0]), dtype=tl.float32)
     for index in tl.range(0, chunks, num_stages=STAGES):
         if REVERSE:
             chunk = chunks - 1 - index
@@ -78,3 +77,158 @@ def states_kernel(  # type: ignore[no-untyped-def]
         state *= tl.exp2(last)
         state = tl.dot(tl.trans(inputs), keys, state, input_precision=PRECISION)
     tl.store(end + (batch * heads + head) * (P * N) + tile, state)
+
+
+@triton.jit
+def states_kernel(  # type: ignore[no-untyped-def]
+    x,
+    b,
+    delta,
+    total,
+    start,
+    states,
+    end,
+    sequence,
+    chunks,
+    heads,
+    per_group,
+    x_batch,
+    x_time,
+    b_batch,
+    b_time,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    BN: tl.constexpr,
+    Q: tl.constexpr,
+    HAS_START: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """The states: ``BN`` columns of one head a block."""
+    column = tl.program_id(0) * BN + tl.arange(0, BN)
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    carry(
+        x,
+        b,
+        delta,
+        total,
+        start,
+        states,
+        end,
+        column,
+        head,
+        batch,
+        sequence,
+        chunks,
+        heads,
+        per_group,
+        x_batch,
+        x_time,
+        b_batch,
+        b_time,
+        P,
+        N,
+        Q,
+        False,
+        HAS_START,
+        PRECISION,
+        STAGES,
+    )
+
+
+@triton.jit
+def both_states_kernel(  # type: ignore[no-untyped-def]
+    x,
+    b,
+    dy,
+    c,
+    delta,
+    total,
+    start,
+    d_end,
+    states,
+    d_states,
+    end,
+    d_start,
+    sequence,
+    chunks,
+    heads,
+    per_group,
+    x_batch,
+    x_time,
+    b_batch,
+    b_time,
+    dy_batch,
+    dy_time,
+    c_batch,
+    c_time,
+    P: tl.constexpr,
+    N: tl.constexpr,
+    BN: tl.constexpr,
+    Q: tl.constexpr,
+    HAS_START: tl.constexpr,
+    HAS_D_END: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """States and gradients of states at once: each alone has too few blocks to fill the GPU."""
+    column = (tl.program_id(0) // 2) * BN + tl.arange(0, BN)
+    head = tl.program_id(1)
+    batch = tl.program_id(2).to(tl.int64)
+    if tl.program_id(0) % 2 == 0:
+        carry(
+            x,
+            b,
+            delta,
+            total,
+            start,
+            states,
+            end,
+            column,
+            head,
+            batch,
+            sequence,
+            chunks,
+            heads,
+            per_group,
+            x_batch,
+            x_time,
+            b_batch,
+            b_time,
+            P,
+            N,
+            Q,
+            False,
+            HAS_START,
+            PRECISION,
+            STAGES,
+        )
+    else:
+        carry(
+            dy,
+            c,
+            delta,
+            total,
+            d_end,
+            d_states,
+            d_start,
+            column,
+            head,
+            batch,
+            sequence,
+            chunks,
+            heads,
+            per_group,
+            dy_batch,
+            dy_time,
+            c_batch,
+            c_time,
+            P,
+            N,
+            Q,
+            True,
+            HAS_D_END,
+            PRECISION,
+            STAGES,
+        )

@@ -1,16 +1,20 @@
-"""The SSD recurrence on a GPU: six kernels, with the states between chunks as the only large intermediate.
+"""The SSD recurrence on a GPU: a few kernels, with the states between chunks as the only large intermediate.
 
     decay      steps Δ and their running sums, head-major                               2 x [B, H, S]
     states     the state at every chunk border, carried in registers                    [B, S/Q, H, P, N]
     output     y, chunk by chunk
-    inputs     dx and paths of the decay; after ``states`` both ways, recomputed        2 x [B, S/Q, H, P, N]
+
+and backward, after ``decay`` and ``states`` again, the latter with the gradients of the states:
+
+    inputs     dx, chunk by chunk
     group      dB and dC, summed over the heads of a group
-    decay back ddt, dA and the bias's gradient out of the paths
+    decay back ddt, dA and the gradient of the bias, from sums over paths that the two before have left
 
 States at the borders are kept in x's dtype; carried states, sums and gradients of states in fp32. Every
 sum has one order, so results are the same bits again.
 """
 
+from functools import cache
 from typing import NamedTuple
 
 import torch
@@ -23,7 +27,7 @@ from flashtrain.kernels.ssd.config import Config, backward_config, forward_confi
 from flashtrain.kernels.ssd.decay import decay_backward_kernel, decay_kernel
 from flashtrain.kernels.ssd.forward import output_kernel
 from flashtrain.kernels.ssd.group import group_gradient_kernel
-from flashtrain.kernels.ssd.states import states_kernel
+from flashtrain.kernels.ssd.states import both_states_kernel, states_kernel
 
 _DECAY_HEADS = 16  # heads of a block of the decay kernels: 32 or 64 bytes of a token's steps
 
@@ -82,17 +86,25 @@ class _Shape:
         )
         return delta, total
 
-    def carry(
-        self, x: Tensor, b: Tensor, delta: Tensor, total: Tensor, start: Tensor | None, reverse: bool
-    ) -> tuple[Tensor, Tensor]:
-        """States at the borders ``[B, chunks, H, P, N]`` and at the end ``[B, H, P, N]``."""
-        config, size = self.config, (self.heads, self.width, self.states)
-        states = x.new_empty(self.batch, self.chunks, *size)
-        end = self.empty(self.batch, *size)
-        columns = min(config.columns, self.states)
+    def columns(self, directions: int) -> int:
+        """Columns of the state of a block of the scan: fewer where blocks would not fill the GPU."""
+        columns = min(self.config.columns, self.states)
+        blocks = directions * self.batch * self.heads * (self.states // columns)
+        few = blocks * 2 < 3 * _processors(self.device) and columns >= 64
+        return columns // 2 if few else columns
+
+    def borders(self) -> Tensor:
+        """Memory for states at chunk borders."""
+        size = (self.batch, self.chunks, self.heads, self.width, self.states)
+        return torch.empty(size, dtype=self.x.dtype, device=self.device)
+
+    def carry(self, delta: Tensor, total: Tensor, start: Tensor | None) -> tuple[Tensor, Tensor]:
+        """States before each chunk ``[B, chunks, H, P, N]`` and at the end ``[B, H, P, N]``."""
+        states, columns = self.borders(), self.columns(1)
+        end = self.empty(self.batch, self.heads, self.width, self.states)
         states_kernel[(self.states // columns, self.heads, self.batch)](
-            x,
-            b,
+            self.x,
+            self.B,
             delta,
             total,
             start,
@@ -102,59 +114,97 @@ class _Shape:
             self.chunks,
             self.heads,
             self.per_group,
-            *x.stride()[:2],
-            *b.stride()[:2],
+            *self.x.stride()[:2],
+            *self.B.stride()[:2],
             P=self.width,
             N=self.states,
             BN=columns,
-            Q=config.chunk,
-            REVERSE=reverse,
+            Q=self.config.chunk,
             HAS_START=start is not None,
             PRECISION=self.precision,
-            STAGES=config.scan_stages,
-            num_warps=config.scan_warps,
+            STAGES=self.config.scan_stages,
+            num_warps=self.config.scan_warps,
         )
         return states, end
+
+    def carry_both(
+        self, dy: Tensor, delta: Tensor, total: Tensor, start: Tensor | None, d_end: Tensor | None
+    ) -> tuple[Tensor, Tensor, Tensor]:
+        """States before and gradients of states after each chunk, and the gradient of the first state."""
+        states, d_states, columns = self.borders(), self.borders(), self.columns(2)
+        end, d_start = (self.empty(self.batch, self.heads, self.width, self.states) for _ in range(2))
+        both_states_kernel[(2 * self.states // columns, self.heads, self.batch)](
+            self.x,
+            self.B,
+            dy,
+            self.C,
+            delta,
+            total,
+            start,
+            d_end,
+            states,
+            d_states,
+            end,
+            d_start,
+            self.sequence,
+            self.chunks,
+            self.heads,
+            self.per_group,
+            *self.x.stride()[:2],
+            *self.B.stride()[:2],
+            *dy.stride()[:2],
+            *self.C.stride()[:2],
+            P=self.width,
+            N=self.states,
+            BN=columns,
+            Q=self.config.chunk,
+            HAS_START=start is not None,
+            HAS_D_END=d_end is not None,
+            PRECISION=self.precision,
+            STAGES=self.config.scan_stages,
+            num_warps=self.config.scan_warps,
+        )
+        return states, d_states, d_start
 
     def group_gradient(
         self,
         x: Tensor,
+        own: Tensor,
         other: Tensor,
         states: Tensor,
+        d_states: Tensor,
         mixed: Tensor,
-        delta: Tensor,
-        total: Tensor,
+        steps: tuple[Tensor, Tensor],
+        paths: tuple[Tensor, Tensor],
         of_b: bool,
     ) -> Tensor:
-        """dB or dC ``[B, S, G, N]``, in the dtype of ``other``."""
-        config = self.config
-        out = torch.empty(
-            self.batch, self.sequence, self.groups, self.states, dtype=other.dtype, device=self.device
-        )
-        columns = min(config.columns, self.states)
-        group_gradient_kernel[(self.chunks, self.states // columns, self.batch * self.groups)](
+        """dB or dC ``[B, S, G, N]``, in the dtype of ``own``; with dC the ``paths`` over chunk borders."""
+        out = torch.empty(own.shape, dtype=own.dtype, device=self.device)
+        group_gradient_kernel[(self.chunks, self.groups, self.batch)](
             x,
+            own,
             other,
             states,
+            d_states,
             mixed,
-            delta,
-            total,
+            *steps,
             out,
+            *paths,
             self.sequence,
             self.chunks,
             self.heads,
             self.groups,
             mixed.shape[2],
             *x.stride()[:2],
+            *own.stride()[:2],
             *other.stride()[:2],
             P=self.width,
             N=self.states,
-            BN=columns,
-            Q=config.chunk,
+            Q=self.config.chunk,
             OF_B=of_b,
             PRECISION=self.precision,
-            STAGES=config.scan_stages,
-            num_warps=config.scan_warps,
+            STAGES=self.config.group_stages,
+            num_warps=self.config.group_warps,
         )
         return out
 
@@ -176,7 +226,7 @@ def forward(
     y = dense_like(x)
     delta, total = shape.decay(A, dt_bias)
     start = None if initial_state is None else initial_state.float().contiguous()
-    states, final = shape.carry(shape.x, shape.B, delta, total, start, reverse=False)
+    states, final = shape.carry(delta, total, start)
     heads = shape.share()
     output_kernel[(shape.chunks, shape.heads // heads, shape.batch)](
         shape.x,
@@ -228,13 +278,11 @@ def backward(
     shape = _Shape(x, dt, B, C, config)
     dy, dx, heads = _rows(dy), dense_like(x), shape.share()
     delta, total = shape.decay(A, dt_bias)
-    start = None if initial_state is None else initial_state.float().contiguous()
-    states, _ = shape.carry(shape.x, shape.B, delta, total, start, reverse=False)
-    start = None if d_final is None else d_final.float().contiguous()
-    d_states, d_initial = shape.carry(dy, shape.C, delta, total, start, reverse=True)
+    start, d_end = (None if t is None else t.float().contiguous() for t in (initial_state, d_final))
+    states, d_states, d_initial = shape.carry_both(dy, delta, total, start, d_end)
     shares = shape.heads // heads
     mixed = x.new_empty(shape.batch, shape.chunks, shares, config.chunk, config.chunk)
-    at_read, at_write, within = (shape.empty(*delta.shape) for _ in range(3))
+    at_read, before, at_write, within = (torch.empty_like(delta) for _ in range(4))
     through, dA, d_bias, dD = (shape.empty(shape.batch, shape.chunks, shape.heads) for _ in range(4))
     inputs_gradient_kernel[(shape.chunks, shares, shape.batch)](
         shape.x,
@@ -243,7 +291,6 @@ def backward(
         dy,
         delta,
         total,
-        states,
         d_states,
         D,
         dx,
@@ -251,7 +298,6 @@ def backward(
         at_read,
         at_write,
         within,
-        through,
         dD,
         shape.sequence,
         shape.chunks,
@@ -271,8 +317,9 @@ def backward(
         STAGES=config.stages,
         num_warps=config.warps,
     )
-    dB = shape.group_gradient(shape.x, shape.C, d_states, mixed, delta, total, of_b=True)
-    dC = shape.group_gradient(dy, shape.B, states, mixed, delta, total, of_b=False)
+    shared = (states, d_states, mixed, (delta, total), (before, through))
+    dB = shape.group_gradient(shape.x, shape.B, shape.C, *shared, of_b=True)
+    dC = shape.group_gradient(dy, shape.C, shape.B, *shared, of_b=False)
     d_dt = dense_like(shape.dt)
     decay_backward_kernel[(shape.chunks, triton.cdiv(shape.heads, _DECAY_HEADS), shape.batch)](
         shape.dt,
@@ -280,6 +327,7 @@ def backward(
         A,
         delta,
         at_read,
+        before,
         at_write,
         within,
         through,
@@ -314,3 +362,9 @@ def _rows(x: Tensor) -> Tensor:
     """``x [B, S, H, P]`` with H·P contiguous values a token; batch and sequence may have any stride."""
     packed = x.stride(3) == 1 and (x.shape[2] == 1 or x.stride(2) == x.shape[3])
     return x if packed else x.contiguous()
+
+
+@cache
+def _processors(device: torch.device) -> int:
+    on_gpu = device.type == "cuda"  # not so in Triton's interpreter
+    return torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1
