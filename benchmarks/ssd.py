@@ -15,6 +15,7 @@ import math
 import statistics
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -28,7 +29,7 @@ from flashtrain.kernels.causal_conv.op import causal_conv
 from flashtrain.kernels.gated_norm.op import gated_norm
 from flashtrain.kernels.ssd import reference
 from flashtrain.kernels.ssd import triton as kernels
-from flashtrain.kernels.ssd.config import Config, backward_config, forward_config
+from flashtrain.kernels.ssd.config import Backward, Forward, Scan, backward_config, forward_config
 from flashtrain.kernels.ssd.op import ssd
 
 HEADS, WIDTH, STATES = 64, 64, 128
@@ -36,36 +37,28 @@ SHAPES = ((2, 8192), (1, 32768), (8, 2048))
 # mamba_ssm 2.3.2, Triton path, best chunk size, forward and forward + backward in ms: measured on another
 # H200 of this kind, not in this run.
 MAMBA_SSM = {(2, 8192): (0.559, 3.313), (1, 32768): (1.165, 5.138), (8, 2048): (0.561, 2.893)}
+SLEEP_CYCLES = 6_000_000
 BANDWIDTH, RATE = 4.3e12, 700e12
 NAMES = ("x", "dt", "A", "B", "C", "D", "dt_bias", "initial_state")
 
 
-def candidates() -> Iterator[tuple[bool, Config]]:
-    """``(backward, configuration)`` of the grid: those of the table first."""
-    dtype = torch.bfloat16
-    yield False, forward_config(dtype)
-    yield True, backward_config(dtype)
-    for chunk, heads, warps, stages, columns, scan_warps, scan_stages in (
-        (128, 8, 8, 3, 64, 4, 2),
-        (128, 16, 8, 2, 32, 4, 3),
-        (128, 4, 8, 2, 128, 8, 2),
-        (128, 8, 8, 1, 64, 8, 3),
-        (64, 8, 4, 2, 64, 4, 4),
-        (64, 8, 4, 3, 128, 4, 3),
-        (64, 16, 4, 3, 32, 4, 4),
-    ):
-        yield False, Config(chunk, heads, warps, stages, columns, scan_warps, scan_stages)
-    for chunk, heads, warps, stages, columns, scan_warps, scan_stages in (
-        (64, 16, 4, 1, 128, 4, 3),
-        (64, 16, 4, 1, 64, 8, 4),
-        (64, 8, 4, 2, 64, 4, 4),
-        (64, 32, 4, 2, 128, 4, 2),
-        (64, 8, 4, 1, 128, 8, 3),
-        (64, 16, 4, 3, 32, 4, 4),
-        (128, 16, 8, 2, 64, 4, 3),
-        (128, 8, 8, 1, 64, 8, 2),
-    ):
-        yield True, Config(chunk, heads, warps, stages, columns, scan_warps, scan_stages)
+def candidates() -> Iterator[Forward | Backward]:
+    """Configurations of the grid, those in use first; kernels of a configuration are timed one by one."""
+    yield forward_config(torch.bfloat16)
+    yield backward_config(torch.bfloat16)
+    scan = Scan(chunk=128, columns=64, warps=4, stages=3)
+    yield Forward(scan, rows=64, heads=16, warps=4, stages=2)
+    yield Forward(scan, rows=64, heads=8, warps=4, stages=2)
+    yield Forward(replace(scan, stages=4), rows=128, heads=16, warps=8, stages=3)
+    yield Forward(replace(scan, chunk=64, columns=128), rows=64, heads=16, warps=4, stages=3)
+    yield Forward(replace(scan, chunk=64, stages=4), rows=64, heads=32, warps=4, stages=3)
+    scan = Scan(chunk=64, columns=64, warps=4, stages=3)
+    sizes = {"heads": 16, "warps": 4, "stages": 3, "group_warps": 4, "group_stages": 3}
+    yield Backward(scan, **sizes | {"stages": 2, "group_stages": 2})
+    yield Backward(replace(scan, columns=128), **sizes | {"heads": 32, "stages": 1, "group_warps": 8})
+    yield Backward(replace(scan, columns=32), **sizes | {"heads": 8, "group_warps": 8, "group_stages": 2})
+    yield Backward(replace(scan, stages=4), **sizes | {"stages": 4, "group_stages": 4})
+    yield Backward(replace(scan, chunk=128), **sizes | {"warps": 8, "group_warps": 8, "group_stages": 2})
 
 
 def inputs(batch: int, sequence: int, groups: int = 1, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:
@@ -99,12 +92,12 @@ class Truth:
         self.y, self.final = (t.detach() for t in outputs)
         self.gradients = torch.autograd.grad(outputs, wide, (self.dy.double(), self.d_final.double()))
 
-    def of_forward(self, config: Config | None) -> dict[str, float]:
+    def of_forward(self, config: Forward | None = None) -> dict[str, float]:
         with poisoned():
             y, final = kernels.forward(*self.given, config=config)
         return {"y": error(y, self.y), "final_state": error(final, self.final)}
 
-    def of_backward(self, config: Config | None) -> dict[str, float]:
+    def of_backward(self, config: Backward | None = None) -> dict[str, float]:
         with poisoned():
             found = kernels.backward(self.dy, self.d_final, *self.given, config=config)
             again = kernels.backward(self.dy, self.d_final, *self.given, config=config)
@@ -135,7 +128,7 @@ def median_ms(call: Callable[[], Any], seconds: float = 0.3) -> float:
     count = max(10, min(100, int(seconds / (time.perf_counter() - start))))
     events = [[torch.cuda.Event(enable_timing=True) for _ in range(2)] for _ in range(count)]
     for before, after in events:
-        torch.cuda._sleep(400_000)  # the host needs longer for an op than the GPU for its first kernels
+        torch.cuda._sleep(SLEEP_CYCLES)  # the host enqueues the whole call meanwhile
         before.record()
         call()
         after.record()
@@ -218,6 +211,15 @@ def timings(batch: int, sequence: int) -> dict[str, Any]:
     return found
 
 
+def grid_row(
+    config: Forward | Backward, truth: Truth, large: list[Tensor], slope: Tensor
+) -> tuple[dict[str, float], dict[str, float]]:
+    """Errors and milliseconds of each kernel of one configuration."""
+    if isinstance(config, Forward):
+        return truth.of_forward(config), kernel_ms(lambda: kernels.forward(*large, config=config))
+    return truth.of_backward(config), kernel_ms(lambda: kernels.backward(slope, None, *large, config=config))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
@@ -245,7 +247,7 @@ def main() -> None:
     cases = [(2, 1000, 1, dtype) for dtype in (torch.bfloat16, torch.float16, torch.float32)]
     for case in [*cases, (1, 777, 4, torch.bfloat16), (1, 8192, 1, torch.bfloat16)]:
         truth = Truth(inputs(*case))
-        errors = truth.of_forward(None) | truth.of_backward(None)
+        errors = truth.of_forward() | truth.of_backward()
         report["errors"][str(case)] = errors
         keep(f"{case}: " + " ".join(f"{name} {value:.1e}" for name, value in errors.items()))
     report["shapes"] = {}
@@ -255,30 +257,28 @@ def main() -> None:
             f"{shape}: forward {found['forward']:.3f} both {found['both']:.3f} ms, over mamba_ssm "
             f"{found['faster'][0]:.2f} {found['faster'][1]:.2f} | {found['kernels']}"
         )
-    report["layer"] = {name: median_ms(call) for name, call in layer_calls(2, 8192).items()}
-    keep(" ".join(f"{name} {value:.3f}" for name, value in report["layer"].items()))
+    calls = layer_calls(2, 8192)
+    report["layer"] = {
+        name: {"median": median_ms(call), "kernels": kernel_ms(call)} for name, call in calls.items()
+    }
+    for name, found in report["layer"].items():
+        keep(f"{name} {found['median']:.3f} ms {found['kernels']}")
     if arguments.grid:
         report["grid"] = []
         truth, large = Truth(inputs(1, 600)), inputs(2, 8192)
         slope = torch.randn_like(large[0])
-        for backward, config in candidates():
+        for config in candidates():
             if time.monotonic() > end:
                 keep("out of time")
                 break
             try:
-                errors = truth.of_backward(config) if backward else truth.of_forward(config)
-                if backward:
-                    took = kernel_ms(
-                        lambda config=config: kernels.backward(slope, None, *large, config=config)
-                    )
-                else:
-                    took = kernel_ms(lambda config=config: kernels.forward(*large, config=config))
+                errors, took = grid_row(config, truth, large, slope)
             except (triton.runtime.errors.OutOfResources, RuntimeError) as failure:
                 keep(f"{config}: {str(failure)[:100]}")
                 continue
             report["grid"].append({"config": str(config), "errors": errors, "kernels": took})
             worst = max(errors.values()) if not any(map(math.isnan, errors.values())) else math.nan
-            keep(f"{'backward' if backward else 'forward'} {config} worst {worst:.1e} {took}")
+            keep(f"{config} worst error {worst:.1e} {took}")
 
 
 if __name__ == "__main__":

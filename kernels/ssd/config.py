@@ -8,84 +8,73 @@ _WIDTHS, _STATES = (16, 32, 64, 128), (16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
-class Config:
-    """How one pass is cut. ``chunk`` tokens are one block of work, and the distance of stored states.
-
-    ``heads`` heads of a group share the products C·Bᵀ of a chunk and, backward, one sum for dB and dC.
-    ``columns`` of the state are carried by one block of the scan.
-    """
+class Scan:
+    """States are stored every ``chunk`` tokens; a block carries ``columns`` of the state of one head."""
 
     chunk: int
+    columns: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Forward:
+    """A block makes ``rows`` rows of y (a chunk or half of one) of ``heads`` heads, which share C·Bᵀ."""
+
+    scan: Scan
+    rows: int
     heads: int
     warps: int
     stages: int
-    columns: int
-    scan_warps: int
-    scan_stages: int
+
+
+@dataclass(frozen=True)
+class Backward:
+    """A block makes dx of ``heads`` heads in one chunk; another kernel dB or dC of a group in one chunk."""
+
+    scan: Scan
+    heads: int
+    warps: int
+    stages: int
     group_warps: int
     group_stages: int
 
 
-# Forward: a chunk of 128 halves the states that go through memory against 64, and costs no registers, since
-# one accumulator [128, P] is live. Backward: four accumulators over [Q, Q] and [Q, N] live through the loop
-# over heads; at Q = 64 they fit the registers of 8 warps, at 128 they do not.
+# Forward, stored states are what goes through memory beyond x and y: 128 tokens apart they are half of those
+# at 64. Blocks of 64 rows still keep their registers small enough for two blocks on a multiprocessor.
+# Backward, the tiles [Q, Q] of a head and their sum over heads live in registers at once: at 64 they fit those
+# of 4 warps, at 128 they do not fit those of 8 and the kernel takes twice as long.
 _HALF = (
-    Config(
-        chunk=128,
-        heads=8,
-        warps=8,
-        stages=2,
-        columns=64,
-        scan_warps=4,
-        scan_stages=3,
-        group_warps=4,
-        group_stages=2,
-    ),
-    Config(
-        chunk=64,
+    Forward(Scan(chunk=128, columns=64, warps=4, stages=3), rows=64, heads=16, warps=4, stages=3),
+    Backward(
+        Scan(chunk=64, columns=64, warps=4, stages=3),
         heads=16,
         warps=4,
-        stages=2,
-        columns=64,
-        scan_warps=4,
-        scan_stages=3,
+        stages=3,
         group_warps=4,
-        group_stages=2,
+        group_stages=3,
     ),
 )
 # fp32 is for comparing runs: products are IEEE fp32 on the plain units, so small tiles and no pipeline.
 _SINGLE = (
-    Config(
-        chunk=32,
+    Forward(Scan(chunk=32, columns=32, warps=4, stages=1), rows=32, heads=8, warps=16, stages=1),
+    Backward(
+        Scan(chunk=32, columns=32, warps=4, stages=1),
         heads=8,
         warps=16,
         stages=1,
-        columns=32,
-        scan_warps=4,
-        scan_stages=1,
-        group_warps=16,
-        group_stages=1,
-    ),
-    Config(
-        chunk=32,
-        heads=8,
-        warps=16,
-        stages=1,
-        columns=32,
-        scan_warps=4,
-        scan_stages=1,
         group_warps=16,
         group_stages=1,
     ),
 )
 
 
-def forward_config(dtype: torch.dtype) -> Config:
+def forward_config(dtype: torch.dtype) -> Forward:
     """The measured choice for outputs and final states."""
     return (_SINGLE if dtype == torch.float32 else _HALF)[0]
 
 
-def backward_config(dtype: torch.dtype) -> Config:
+def backward_config(dtype: torch.dtype) -> Backward:
     """The measured choice for gradients."""
     return (_SINGLE if dtype == torch.float32 else _HALF)[1]
 

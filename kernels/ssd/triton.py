@@ -23,7 +23,7 @@ from torch import Tensor
 
 from flashtrain.kernels.layout import dense_like
 from flashtrain.kernels.ssd.backward import inputs_gradient_kernel
-from flashtrain.kernels.ssd.config import Config, backward_config, forward_config
+from flashtrain.kernels.ssd.config import Backward, Forward, Scan, backward_config, forward_config
 from flashtrain.kernels.ssd.decay import decay_backward_kernel, decay_kernel
 from flashtrain.kernels.ssd.forward import output_kernel
 from flashtrain.kernels.ssd.group import group_gradient_kernel
@@ -48,20 +48,20 @@ class Gradients(NamedTuple):
 class _Shape:
     """Sizes and inputs that every kernel of one pass shares."""
 
-    def __init__(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, config: Config) -> None:
+    def __init__(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, scan: Scan) -> None:
         self.batch, self.sequence, self.heads, self.width = x.shape
         self.groups, self.states = B.shape[2:]
-        self.chunks = triton.cdiv(self.sequence, config.chunk)
-        self.padded = self.chunks * config.chunk
+        self.chunks = triton.cdiv(self.sequence, scan.chunk)
+        self.padded = self.chunks * scan.chunk
         self.per_group = self.heads // self.groups
-        self.config, self.device = config, x.device
+        self.scan, self.device = scan, x.device
         self.x, self.B, self.C = _rows(x), _rows(B), _rows(C)
         self.dt = dt if dt.stride(2) == 1 else dt.contiguous()
         self.precision = "ieee" if x.dtype == torch.float32 else "tf32"
 
-    def share(self) -> int:
-        """Heads of a block: as many as the configuration says, but a divisor of a group."""
-        return next(n for n in range(self.config.heads, 0, -1) if self.per_group % n == 0)
+    def share(self, heads: int) -> int:
+        """Heads of a block: at most ``heads``, and a divisor of a group."""
+        return next(n for n in range(heads, 0, -1) if self.per_group % n == 0)
 
     def empty(self, *shape: int) -> Tensor:
         return torch.empty(shape, dtype=torch.float32, device=self.device)
@@ -79,7 +79,7 @@ class _Shape:
             self.padded,
             self.heads,
             *self.dt.stride()[:2],
-            Q=self.config.chunk,
+            Q=self.scan.chunk,
             BH=_DECAY_HEADS,
             SOFTPLUS=dt_bias is not None,
             num_warps=4,
@@ -88,7 +88,7 @@ class _Shape:
 
     def columns(self, directions: int) -> int:
         """Columns of the state of a block of the scan: fewer where blocks would not fill the GPU."""
-        columns = min(self.config.columns, self.states)
+        columns = min(self.scan.columns, self.states)
         blocks = directions * self.batch * self.heads * (self.states // columns)
         few = blocks * 2 < 3 * _processors(self.device) and columns >= 64
         return columns // 2 if few else columns
@@ -119,11 +119,11 @@ class _Shape:
             P=self.width,
             N=self.states,
             BN=columns,
-            Q=self.config.chunk,
+            Q=self.scan.chunk,
             HAS_START=start is not None,
             PRECISION=self.precision,
-            STAGES=self.config.scan_stages,
-            num_warps=self.config.scan_warps,
+            STAGES=self.scan.stages,
+            num_warps=self.scan.warps,
         )
         return states, end
 
@@ -157,12 +157,12 @@ class _Shape:
             P=self.width,
             N=self.states,
             BN=columns,
-            Q=self.config.chunk,
+            Q=self.scan.chunk,
             HAS_START=start is not None,
             HAS_D_END=d_end is not None,
             PRECISION=self.precision,
-            STAGES=self.config.scan_stages,
-            num_warps=self.config.scan_warps,
+            STAGES=self.scan.stages,
+            num_warps=self.scan.warps,
         )
         return states, d_states, d_start
 
@@ -177,6 +177,7 @@ class _Shape:
         steps: tuple[Tensor, Tensor],
         paths: tuple[Tensor, Tensor],
         of_b: bool,
+        config: Backward,
     ) -> Tensor:
         """dB or dC ``[B, S, G, N]``, in the dtype of ``own``; with dC the ``paths`` over chunk borders."""
         out = torch.empty(own.shape, dtype=own.dtype, device=self.device)
@@ -200,11 +201,11 @@ class _Shape:
             *other.stride()[:2],
             P=self.width,
             N=self.states,
-            Q=self.config.chunk,
+            Q=self.scan.chunk,
             OF_B=of_b,
             PRECISION=self.precision,
-            STAGES=self.config.group_stages,
-            num_warps=self.config.group_warps,
+            STAGES=config.group_stages,
+            num_warps=config.group_warps,
         )
         return out
 
@@ -218,17 +219,17 @@ def forward(
     D: Tensor | None = None,
     dt_bias: Tensor | None = None,
     initial_state: Tensor | None = None,
-    config: Config | None = None,
+    config: Forward | None = None,
 ) -> tuple[Tensor, Tensor]:
     """``(y [B, S, H, P], final state [B, H, P, N] in fp32)``; see ``reference.recurrence`` for the rest."""
     config = config or forward_config(x.dtype)
-    shape = _Shape(x, dt, B, C, config)
+    shape = _Shape(x, dt, B, C, config.scan)
     y = dense_like(x)
     delta, total = shape.decay(A, dt_bias)
     start = None if initial_state is None else initial_state.float().contiguous()
     states, final = shape.carry(delta, total, start)
-    heads = shape.share()
-    output_kernel[(shape.chunks, shape.heads // heads, shape.batch)](
+    heads = shape.share(config.heads)
+    output_kernel[(triton.cdiv(shape.sequence, config.rows), shape.heads // heads, shape.batch)](
         shape.x,
         shape.B,
         shape.C,
@@ -247,7 +248,8 @@ def forward(
         *y.stride()[:2],
         P=shape.width,
         N=shape.states,
-        Q=config.chunk,
+        Q=config.scan.chunk,
+        R=config.rows,
         HEADS=heads,
         SKIP=D is not None,
         PRECISION=shape.precision,
@@ -268,20 +270,20 @@ def backward(
     D: Tensor | None = None,
     dt_bias: Tensor | None = None,
     initial_state: Tensor | None = None,
-    config: Config | None = None,
+    config: Backward | None = None,
 ) -> Gradients:
     """Gradients, given those of y ``[B, S, H, P]`` and of the final state ``[B, H, P, N]`` (None: zero).
 
     Nothing but the inputs is needed from the forward pass.
     """
     config = config or backward_config(x.dtype)
-    shape = _Shape(x, dt, B, C, config)
-    dy, dx, heads = _rows(dy), dense_like(x), shape.share()
+    shape = _Shape(x, dt, B, C, config.scan)
+    dy, dx, heads = _rows(dy), dense_like(x), shape.share(config.heads)
     delta, total = shape.decay(A, dt_bias)
     start, d_end = (None if t is None else t.float().contiguous() for t in (initial_state, d_final))
     states, d_states, d_initial = shape.carry_both(dy, delta, total, start, d_end)
     shares = shape.heads // heads
-    mixed = x.new_empty(shape.batch, shape.chunks, shares, config.chunk, config.chunk)
+    mixed = x.new_empty(shape.batch, shape.chunks, shares, config.scan.chunk, config.scan.chunk)
     at_read, before, at_write, within = (torch.empty_like(delta) for _ in range(4))
     through, dA, d_bias, dD = (shape.empty(shape.batch, shape.chunks, shape.heads) for _ in range(4))
     inputs_gradient_kernel[(shape.chunks, shares, shape.batch)](
@@ -310,7 +312,7 @@ def backward(
         *dx.stride()[:2],
         P=shape.width,
         N=shape.states,
-        Q=config.chunk,
+        Q=config.scan.chunk,
         HEADS=heads,
         SKIP=D is not None,
         PRECISION=shape.precision,
@@ -318,8 +320,8 @@ def backward(
         num_warps=config.warps,
     )
     shared = (states, d_states, mixed, (delta, total), (before, through))
-    dB = shape.group_gradient(shape.x, shape.B, shape.C, *shared, of_b=True)
-    dC = shape.group_gradient(dy, shape.C, shape.B, *shared, of_b=False)
+    dB = shape.group_gradient(shape.x, shape.B, shape.C, *shared, of_b=True, config=config)
+    dC = shape.group_gradient(dy, shape.C, shape.B, *shared, of_b=False, config=config)
     d_dt = dense_like(shape.dt)
     decay_backward_kernel[(shape.chunks, triton.cdiv(shape.heads, _DECAY_HEADS), shape.batch)](
         shape.dt,
@@ -340,7 +342,7 @@ def backward(
         shape.chunks,
         *shape.dt.stride()[:2],
         *d_dt.stride()[:2],
-        Q=config.chunk,
+        Q=config.scan.chunk,
         BH=_DECAY_HEADS,
         SOFTPLUS=dt_bias is not None,
         num_warps=4,
