@@ -47,18 +47,16 @@ def candidates() -> Iterator[Forward | Backward]:
     yield forward_config(torch.bfloat16)
     yield backward_config(torch.bfloat16)
     scan = Scan(chunk=128, columns=64, warps=4, stages=3)
-    yield Forward(scan, rows=64, heads=16, warps=4, stages=2)
-    yield Forward(scan, rows=64, heads=8, warps=4, stages=2)
-    yield Forward(replace(scan, stages=4), rows=128, heads=16, warps=8, stages=3)
-    yield Forward(replace(scan, chunk=64, columns=128), rows=64, heads=16, warps=4, stages=3)
-    yield Forward(replace(scan, chunk=64, stages=4), rows=64, heads=32, warps=4, stages=3)
-    scan = Scan(chunk=64, columns=64, warps=4, stages=3)
-    sizes = {"heads": 16, "warps": 4, "stages": 3, "group_warps": 4, "group_stages": 3}
-    yield Backward(scan, **sizes | {"stages": 2, "group_stages": 2})
-    yield Backward(replace(scan, columns=128), **sizes | {"heads": 32, "stages": 1, "group_warps": 8})
-    yield Backward(replace(scan, columns=32), **sizes | {"heads": 8, "group_warps": 8, "group_stages": 2})
-    yield Backward(replace(scan, stages=4), **sizes | {"stages": 4, "group_stages": 4})
-    yield Backward(replace(scan, chunk=128), **sizes | {"warps": 8, "group_warps": 8, "group_stages": 2})
+    yield Forward(scan, heads=32, warps=8, stages=3)
+    yield Forward(replace(scan, columns=128, stages=2), heads=16, warps=8, stages=4)
+    yield Forward(replace(scan, columns=128, warps=8), heads=16, warps=8, stages=2)
+    yield Forward(replace(scan, chunk=64, columns=128), heads=32, warps=4, stages=3)
+    scan = Scan(chunk=64, columns=128, warps=4, stages=3)
+    sizes = {"heads": 16, "warps": 4, "stages": 2, "group_warps": 4, "group_stages": 3}
+    yield Backward(replace(scan, columns=64), **sizes | {"heads": 32, "stages": 3})
+    yield Backward(replace(scan, stages=2), **sizes | {"stages": 1, "heads": 32, "group_warps": 8})
+    yield Backward(replace(scan, stages=4), **sizes | {"heads": 8, "group_stages": 2})
+    yield Backward(replace(scan, chunk=128, stages=2), **sizes | {"warps": 8, "group_warps": 8})
 
 
 def inputs(batch: int, sequence: int, groups: int = 1, dtype: torch.dtype = torch.bfloat16) -> list[Tensor]:

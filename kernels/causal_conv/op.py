@@ -9,6 +9,8 @@ from flashtrain.errors import UserError
 from flashtrain.kernels.causal_conv import reference
 from flashtrain.kernels.layout import dense_like
 
+MOST_TAPS = 4  # of the kernel, which keeps that many rows in registers
+
 
 def causal_conv(
     x: Tensor, weight: Tensor, bias: Tensor | None = None, tail: Tensor | None = None
@@ -17,12 +19,16 @@ def causal_conv(
 
     x ``[B, S, D]``, weight ``[D, W]``, bias ``[D]``; ``tail [B, W-1, D]`` holds the inputs before the first
     (None: zeros), so that a sequence may be run in pieces. The new tail may be a view of x. All have
-    gradients. Raises UserError for shapes that do not fit together, and on a GPU for float64.
+    gradients. Raises UserError for shapes that do not fit together, and on a GPU for float64
+    or more than four taps.
     """
     _check(x, weight, bias, tail)
     if x.is_cuda:
-        if x.dtype == torch.float64:
-            raise UserError("the convolution kernel takes no float64; cast x, or run on the CPU")
+        if x.dtype == torch.float64 or weight.shape[1] > MOST_TAPS:
+            raise UserError(
+                f"the convolution kernel takes no float64 and at most {MOST_TAPS} taps, not {x.dtype} and "
+                f"{weight.shape[1]}; cast x, shorten the weight, or run on the CPU"
+            )
         y = conv_kernels(x, weight, bias, None if tail is None else tail.to(x.dtype))
     else:
         y = reference.causal_conv(x, weight, bias, tail)

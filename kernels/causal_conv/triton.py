@@ -1,8 +1,7 @@
-"""Causal depthwise convolution, bias and SiLU in one pass each way: inputs are read from memory once.
+"""Causal depthwise convolution, bias and SiLU in one pass each way.
 
-Neighbouring rows of a tile come from the first-level cache, W times forward. Backward recomputes the sums
-before SiLU at the W places that an input feeds into, which costs loads from that cache instead of a buffer in
-memory.
+Forward, the W inputs of a place come from the first-level cache all but once. Backward recomputes the sums
+before SiLU, walks along time, and reads every input and every slope once.
 """
 
 import torch
@@ -13,7 +12,7 @@ from torch import Tensor
 from flashtrain.kernels.layout import dense_like
 
 _ROWS, _COLUMNS = 32, 128
-_BACKWARD_ROWS = 16
+_BACKWARD_ROWS, _BACKWARD_COLUMNS = 64, 256
 
 
 @triton.jit
@@ -102,6 +101,28 @@ def forward_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
+def taps_of(weight, column, inside, TAPS: tl.constexpr, BACK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The factors of the input ``BACK`` places before the newest, zero where there are fewer taps."""
+    if BACK < TAPS:
+        return tl.load(weight + column * TAPS + (TAPS - 1 - BACK), mask=inside, other=0.0).to(tl.float32)
+    else:
+        return tl.zeros((column.shape[0],), dtype=tl.float32)
+
+
+@triton.jit
+def input_at(
+    x, tail, time, column, inside, sequence, width, x_time, TAPS: tl.constexpr, HAS_TAIL: tl.constexpr
+):  # type: ignore[no-untyped-def]
+    """Inputs at one ``time``, from ``tail`` (or zeros) before the sequence and zeros after it."""
+    here = inside & (time >= 0) & (time < sequence)
+    values = tl.load(x + time.to(tl.int64) * x_time + column, mask=here, other=0.0).to(tl.float32)
+    if HAS_TAIL:
+        before = inside & (time < 0) & (time > -TAPS)
+        values += tl.load(tail + (TAPS - 1 + time) * width + column, mask=before, other=0.0).to(tl.float32)
+    return values
+
+
+@triton.jit
 def backward_kernel(  # type: ignore[no-untyped-def]
     x,
     weight,
@@ -126,44 +147,75 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     BT: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """``BT`` rows of dx (and of the tail's gradient, which lies before row 0); parts of dweight and dbias."""
+    """``BT`` rows of dx in order of time, block 0 also the tail's gradient; parts of dweight and dbias.
+
+    A thread keeps its columns: the last three inputs and slopes are in registers, every row is read once, and
+    nothing is added across threads. Rows are loaded two steps ahead, since a load may not pass a store.
+    """
     batch = tl.program_id(2).to(tl.int64)
     block = tl.program_id(1)
     column = tl.program_id(0) * BD + tl.arange(0, BD)
-    known = (column < width)[None, :]
-    time = block * BT + tl.arange(0, BT)
-    if HAS_TAIL:
-        time -= TAPS - 1
-        tail += batch * (TAPS - 1) * width
+    inside = column < width
     x += batch * x_batch
-    gradient = tl.zeros((BT, BD), dtype=tl.float32)
-    parts = (batch * tl.num_programs(1) + block) * width
-    for ahead in tl.static_range(TAPS):
-        later = time + ahead
-        total = before_silu(
-            x, weight, bias, tail, later, column, sequence, width, x_time, TAPS, HAS_BIAS, HAS_TAIL
-        )
-        inside = ((later >= 0) & (later < sequence))[:, None] & known
-        place = batch * dy_batch + later.to(tl.int64)[:, None] * dy_time + column[None, :]
-        share = tl.sigmoid(total)
-        slope = tl.load(dy + place, mask=inside, other=0.0).to(tl.float32)
-        slope *= share * (1.0 + total * (1.0 - share))
-        tap = TAPS - 1 - ahead
-        factor = tl.load(weight + column * TAPS + tap, mask=column < width, other=0.0).to(tl.float32)
-        gradient += slope * factor[None, :]
-        # Every input meets every tap once, so dweight needs no further loads: x at ``time``, slope later.
-        rows = load_rows(x, tail, time, column, sequence, width, x_time, TAPS, HAS_TAIL)
-        tl.store(
-            d_weight + parts * TAPS + tap * width + column, tl.sum(slope * rows, axis=0), mask=column < width
-        )
-        if ahead == 0 and HAS_BIAS:
-            tl.store(d_bias + parts + column, tl.sum(slope, axis=0), mask=column < width)
-    place = batch * dx_batch + time.to(tl.int64)[:, None] * dx_time + column[None, :]
-    inside = ((time >= 0) & (time < sequence))[:, None] & known
-    tl.store(dx + place, gradient.to(dx.dtype.element_ty), mask=inside)
+    dy += batch * dy_batch
+    dx += batch * dx_batch
     if HAS_TAIL:
-        place = (batch * (TAPS - 1) + TAPS - 1 + time)[:, None] * width + column[None, :]
-        tl.store(d_tail + place, gradient.to(d_tail.dtype.element_ty), mask=(time < 0)[:, None] & known)
+        tail += batch * (TAPS - 1) * width
+        d_tail += batch * (TAPS - 1) * width
+    w0 = taps_of(weight, column, inside, TAPS, 0)
+    w1 = taps_of(weight, column, inside, TAPS, 1)
+    w2 = taps_of(weight, column, inside, TAPS, 2)
+    w3 = taps_of(weight, column, inside, TAPS, 3)
+    offset = tl.zeros((BD,), dtype=tl.float32)
+    if HAS_BIAS:
+        offset += tl.load(bias + column, mask=inside, other=0.0).to(tl.float32)
+    begin = block * BT
+    x3 = input_at(x, tail, begin - 3, column, inside, sequence, width, x_time, TAPS, HAS_TAIL)
+    x2 = input_at(x, tail, begin - 2, column, inside, sequence, width, x_time, TAPS, HAS_TAIL)
+    x1 = input_at(x, tail, begin - 1, column, inside, sequence, width, x_time, TAPS, HAS_TAIL)
+    zero = tl.zeros((BD,), dtype=tl.float32)
+    g1, g2, g3 = zero, zero, zero
+    dw0, dw1, dw2, dw3, db = zero, zero, zero, zero, zero
+    xa = input_at(x, tail, begin, column, inside, sequence, width, x_time, TAPS, False)
+    xb = input_at(x, tail, begin + 1, column, inside, sequence, width, x_time, TAPS, False)
+    ya = input_at(dy, tail, begin, column, inside, sequence, width, dy_time, TAPS, False)
+    yb = input_at(dy, tail, begin + 1, column, inside, sequence, width, dy_time, TAPS, False)
+    for step in tl.range(0, BT + 3, loop_unroll_factor=4):
+        time = begin + step
+        x0, slope = xa, ya
+        xa, ya = xb, yb
+        xb = input_at(x, tail, time + 2, column, inside, sequence, width, x_time, TAPS, False)
+        yb = input_at(dy, tail, time + 2, column, inside, sequence, width, dy_time, TAPS, False)
+        total = offset + w3 * x3 + w2 * x2 + w1 * x1 + w0 * x0
+        share = tl.sigmoid(total)
+        g0 = slope * share * (1.0 + total * (1.0 - share))
+        if step < BT:  # the three rows that follow belong to the next block
+            db += g0
+            dw0 += g0 * x0
+            dw1 += g0 * x1
+            dw2 += g0 * x2
+            dw3 += g0 * x3
+        gradient = w3 * g0 + w2 * g1 + w1 * g2 + w0 * g3
+        row = time - 3
+        here = inside & (step >= 3) & (row < sequence)
+        tl.store(dx + row.to(tl.int64) * dx_time + column, gradient.to(dx.dtype.element_ty), mask=here)
+        if HAS_TAIL:
+            here = inside & (row < 0) & (row > -TAPS)
+            place = (TAPS - 1 + row) * width + column
+            tl.store(d_tail + place, gradient.to(d_tail.dtype.element_ty), mask=here)
+        x3, x2, x1 = x2, x1, x0
+        g3, g2, g1 = g2, g1, g0
+    parts = (batch * tl.num_programs(1) + block) * width
+    if HAS_BIAS:
+        tl.store(d_bias + parts + column, db, mask=inside)
+    d_weight += parts * TAPS + column
+    tl.store(d_weight + (TAPS - 1) * width, dw0, mask=inside)
+    if TAPS > 1:
+        tl.store(d_weight + (TAPS - 2) * width, dw1, mask=inside)
+    if TAPS > 2:
+        tl.store(d_weight + (TAPS - 3) * width, dw2, mask=inside)
+    if TAPS > 3:
+        tl.store(d_weight, dw3, mask=inside)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None) -> Tensor:
@@ -199,10 +251,10 @@ def backward(
     taps = weight.shape[1]
     x, dy, dx = _columns(x), _columns(dy), dense_like(x)
     d_tail = None if tail is None else torch.empty_like(tail, memory_format=torch.contiguous_format)
-    blocks = triton.cdiv(sequence + (0 if tail is None else taps - 1), _BACKWARD_ROWS)
+    blocks = triton.cdiv(sequence, _BACKWARD_ROWS)
     d_weight = x.new_empty(batch, blocks, taps, width, dtype=torch.float32)
     d_bias = x.new_empty(batch, blocks, width, dtype=torch.float32)
-    backward_kernel[(triton.cdiv(width, _COLUMNS), blocks, batch)](
+    backward_kernel[(triton.cdiv(width, _BACKWARD_COLUMNS), blocks, batch)](
         x,
         weight.contiguous(),
         bias,
@@ -221,7 +273,7 @@ def backward(
         HAS_BIAS=bias is not None,
         HAS_TAIL=tail is not None,
         BT=_BACKWARD_ROWS,
-        BD=_COLUMNS,
+        BD=_BACKWARD_COLUMNS,
         num_warps=4,
     )
     return (

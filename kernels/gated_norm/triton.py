@@ -38,11 +38,21 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     column = group * size + place
     factor = tl.load(weight + column, mask=inside, other=0.0).to(tl.float32)
     total = tl.zeros((BLOCK,), dtype=tl.float32)
+    x += column
+    z += column
+    dy += column
+    row = tl.program_id(0).to(tl.int64)
+    next_values = tl.load(x + row * x_row, mask=inside, other=0.0)
+    next_gate = tl.load(z + row * z_row, mask=inside, other=0.0)
+    next_slope = tl.load(dy + row * dy_row, mask=inside, other=0.0)
     for index in range(tl.program_id(0), rows, blocks):
         row = tl.cast(index, tl.int64)
-        values = tl.load(x + row * x_row + column, mask=inside, other=0.0).to(tl.float32)
-        gate = tl.load(z + row * z_row + column, mask=inside, other=0.0).to(tl.float32)
-        slope = tl.load(dy + row * dy_row + column, mask=inside, other=0.0).to(tl.float32)
+        values, gate, slope = next_values.to(tl.float32), next_gate.to(tl.float32), next_slope.to(tl.float32)
+        # A row ahead: a load may not pass the stores below.
+        later = inside & (row + blocks < rows)
+        next_values = tl.load(x + (row + blocks) * x_row, mask=later, other=0.0)
+        next_gate = tl.load(z + (row + blocks) * z_row, mask=later, other=0.0)
+        next_slope = tl.load(dy + (row + blocks) * dy_row, mask=later, other=0.0)
         share = tl.sigmoid(gate)
         opened = gate * share
         gated = values * opened

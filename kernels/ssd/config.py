@@ -19,10 +19,9 @@ class Scan:
 
 @dataclass(frozen=True)
 class Forward:
-    """A block makes ``rows`` rows of y (a chunk or half of one) of ``heads`` heads, which share C·Bᵀ."""
+    """A block makes y of ``heads`` heads in one chunk, which share C·Bᵀ."""
 
     scan: Scan
-    rows: int
     heads: int
     warps: int
     stages: int
@@ -40,24 +39,24 @@ class Backward:
     group_stages: int
 
 
-# Forward, stored states are what goes through memory beyond x and y: 128 tokens apart they are half of those
-# at 64. Blocks of 64 rows still keep their registers small enough for two blocks on a multiprocessor.
-# Backward, the tiles [Q, Q] of a head and their sum over heads live in registers at once: at 64 they fit those
-# of 4 warps, at 128 they do not fit those of 8 and the kernel takes twice as long.
+# Measured on an H200 (benchmarks/ssd.py --grid). Forward, stored states are what goes through memory beyond x
+# and y: 128 tokens apart they are half of those at 64, and the tiles [Q, Q] still fit the registers of 8 warps.
+# Backward, several such tiles live at once: at 64 they fit those of 4 warps, nearly, at 128 they spill and the
+# kernel takes twice as long. The scan wants whole rows of the state where both directions fill the GPU.
 _HALF = (
-    Forward(Scan(chunk=128, columns=64, warps=4, stages=3), rows=64, heads=16, warps=4, stages=3),
+    Forward(Scan(chunk=128, columns=64, warps=4, stages=3), heads=16, warps=8, stages=3),
     Backward(
-        Scan(chunk=64, columns=64, warps=4, stages=3),
+        Scan(chunk=64, columns=128, warps=4, stages=3),
         heads=16,
         warps=4,
-        stages=3,
+        stages=2,
         group_warps=4,
         group_stages=3,
     ),
 )
 # fp32 is for comparing runs: products are IEEE fp32 on the plain units, so small tiles and no pipeline.
 _SINGLE = (
-    Forward(Scan(chunk=32, columns=32, warps=4, stages=1), rows=32, heads=8, warps=16, stages=1),
+    Forward(Scan(chunk=32, columns=32, warps=4, stages=1), heads=8, warps=16, stages=1),
     Backward(
         Scan(chunk=32, columns=32, warps=4, stages=1),
         heads=8,

@@ -229,7 +229,7 @@ def forward(
     start = None if initial_state is None else initial_state.float().contiguous()
     states, final = shape.carry(delta, total, start)
     heads = shape.share(config.heads)
-    output_kernel[(triton.cdiv(shape.sequence, config.rows), shape.heads // heads, shape.batch)](
+    output_kernel[(shape.chunks, shape.heads // heads, shape.batch)](
         shape.x,
         shape.B,
         shape.C,
@@ -249,7 +249,6 @@ def forward(
         P=shape.width,
         N=shape.states,
         Q=config.scan.chunk,
-        R=config.rows,
         HEADS=heads,
         SKIP=D is not None,
         PRECISION=shape.precision,
