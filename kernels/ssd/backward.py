@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from flashtrain.kernels.ssd.decay import LARGEST_EXPONENT
+
 
 @triton.jit
 def inputs_gradient_kernel(  # type: ignore[no-untyped-def]
@@ -52,7 +54,8 @@ def inputs_gradient_kernel(  # type: ignore[no-untyped-def]
 
     Square tiles are ``[s, t]``, so that none is transposed in registers: Triton 3.4 to 3.7.0 miscompiles
     products with such an operand on Hopper (flash-linear-attention#640). See ``decay.decay_backward_kernel``
-    for ``at_read``, ``at_write`` and ``within``.
+    for ``at_read``, ``at_write`` and ``within``;
+    ``d_skip`` holds dy_t·x_t.
     """
     chunk = tl.program_id(0)
     share = tl.program_id(1)
@@ -73,6 +76,7 @@ def inputs_gradient_kernel(  # type: ignore[no-untyped-def]
     queries = tl.load(c + batch * c_batch + start * c_time + group * N + c_tile, mask=inside, other=0.0)
     scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION)
     causal = row[:, None] <= row[None, :]
+    scores = tl.where(causal, scores, 0.0)
     x += batch * x_batch + start * x_time + first * P
     dy += batch * dy_batch + start * dy_time + first * P
     dx += batch * dx_batch + start * dx_time + first * P
@@ -81,8 +85,7 @@ def inputs_gradient_kernel(  # type: ignore[no-untyped-def]
     dx_tile = row[:, None] * dx_time + width[None, :]
     padded = chunks * Q
     line = (batch * heads + first) * padded + start
-    per_head = (batch * chunks + chunk) * heads + first
-    d_states += per_head * (P * N)
+    d_states += ((batch * chunks + chunk) * heads + first) * (P * N)
     sum_mixed = tl.zeros((Q, Q), dtype=tl.float32)
     for head in tl.range(0, HEADS, num_stages=STAGES):
         inputs = tl.load(x + head * P + x_tile, mask=inside, other=0.0)
@@ -95,12 +98,12 @@ def inputs_gradient_kernel(  # type: ignore[no-untyped-def]
         until = tl.exp2(last - sums)
 
         # Inside the chunk.
-        decay = tl.exp2(tl.where(causal, sums[None, :] - sums[:, None], float("-inf")))
+        decay = tl.exp2(tl.minimum(sums[None, :] - sums[:, None], LARGEST_EXPONENT))
         d_mixing = tl.dot(inputs, tl.trans(d_out), input_precision=PRECISION)
         if SKIP:
             # The diagonal of x·dyᵀ is what D sees.
             diagonal = tl.where(row[:, None] == row[None, :], d_mixing, 0.0)
-            tl.store(d_skip + per_head + head, tl.sum(tl.sum(diagonal, axis=1), axis=0))
+            tl.store(d_skip + here + row, tl.sum(diagonal, axis=1))
         mixing = scores * decay
         paths = d_mixing * mixing
         sum_mixed += d_mixing * decay * step[:, None]
@@ -120,4 +123,5 @@ def inputs_gradient_kernel(  # type: ignore[no-untyped-def]
         tl.store(at_write + here + row, beyond)
         tl.store(at_read + here + row, to_read - from_write * step)
     mixed += ((batch * chunks + chunk) * (heads // HEADS) + share) * (Q * Q)
+    sum_mixed = tl.where(causal, sum_mixed, 0.0)
     tl.store(mixed + row[:, None] * Q + row[None, :], sum_mixed.to(mixed.dtype.element_ty))

@@ -10,6 +10,8 @@ import triton.language as tl
 
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
+# A decay over negative time must be finite, so that a zero beside it makes it zero.
+LARGEST_EXPONENT = tl.constexpr(126.0)
 
 
 @triton.jit
@@ -65,9 +67,11 @@ def decay_backward_kernel(  # type: ignore[no-untyped-def]
     at_write,
     within,
     through,
+    d_out_x,
     d_raw,
     d_rate,
     d_bias,
+    d_skip,
     sequence,
     padded,
     heads,
@@ -79,8 +83,9 @@ def decay_backward_kernel(  # type: ignore[no-untyped-def]
     Q: tl.constexpr,
     BH: tl.constexpr,
     SOFTPLUS: tl.constexpr,
+    SKIP: tl.constexpr,
 ):
-    """Gradients of the raw steps, and of A and the bias per chunk, from sums over paths of the decay.
+    """Gradients of the raw steps, and of A, the bias and D per chunk, from sums over paths of the decay.
 
     The log decay of step t lies on every path from a write before t to a read at or after t, so its gradient
     is the sum over these paths. ``at_read`` holds at τ the paths inside the chunk that end there less those
@@ -121,3 +126,6 @@ def decay_backward_kernel(  # type: ignore[no-untyped-def]
     sums = (batch * chunks + chunk) * heads + head
     tl.store(d_rate + sums, tl.sum(d_log * step, axis=0), mask=head < heads)
     tl.store(d_bias + sums, tl.sum(d_step, axis=0), mask=head < heads)
+    if SKIP:
+        products = tl.load(d_out_x + place, mask=known, other=0.0)
+        tl.store(d_skip + sums, tl.sum(products, axis=0), mask=head < heads)

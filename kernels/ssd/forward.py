@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from flashtrain.kernels.ssd.decay import LARGEST_EXPONENT
+
 
 @triton.jit
 def output_kernel(  # type: ignore[no-untyped-def]
@@ -54,7 +56,7 @@ def output_kernel(  # type: ignore[no-untyped-def]
     c_tile = row[:, None] * c_time + state_column[None, :]
     queries = tl.load(c + batch * c_batch + start * c_time + group * N + c_tile, mask=inside, other=0.0)
     scores = tl.dot(queries, tl.trans(keys), input_precision=PRECISION)
-    causal = row[:, None] >= row[None, :]
+    scores = tl.where(row[:, None] >= row[None, :], scores, 0.0)
     x += batch * x_batch + start * x_time + first * P
     y += batch * y_batch + start * y_time + first * P
     x_tile = row[:, None] * x_time + width[None, :]
@@ -67,7 +69,8 @@ def output_kernel(  # type: ignore[no-untyped-def]
         state = tl.load(states + head * (P * N) + state_tile)
         sums = tl.load(total + line + head * padded + row)
         step = tl.load(delta + line + head * padded + row)
-        decay = tl.exp2(tl.where(causal, sums[:, None] - sums[None, :], float("-inf")))
+        # Above the diagonal the scores are 0, and remain so if only no factor is infinite.
+        decay = tl.exp2(tl.minimum(sums[:, None] - sums[None, :], LARGEST_EXPONENT))
         mixing = (scores * decay * step[None, :]).to(x.dtype.element_ty)
         out = tl.dot(queries, tl.trans(state), input_precision=PRECISION) * tl.exp2(sums)[:, None]
         out = tl.dot(mixing, inputs, out, input_precision=PRECISION)

@@ -283,7 +283,7 @@ def backward(
     states, d_states, d_initial = shape.carry_both(dy, delta, total, start, d_end)
     shares = shape.heads // heads
     mixed = x.new_empty(shape.batch, shape.chunks, shares, config.scan.chunk, config.scan.chunk)
-    at_read, before, at_write, within = (torch.empty_like(delta) for _ in range(4))
+    at_read, before, at_write, within, d_out_x = (torch.empty_like(delta) for _ in range(5))
     through, dA, d_bias, dD = (shape.empty(shape.batch, shape.chunks, shape.heads) for _ in range(4))
     inputs_gradient_kernel[(shape.chunks, shares, shape.batch)](
         shape.x,
@@ -299,7 +299,7 @@ def backward(
         at_read,
         at_write,
         within,
-        dD,
+        d_out_x,
         shape.sequence,
         shape.chunks,
         shape.heads,
@@ -332,9 +332,11 @@ def backward(
         at_write,
         within,
         through,
+        d_out_x,
         d_dt,
         dA,
         d_bias,
+        dD,
         shape.sequence,
         shape.padded,
         shape.heads,
@@ -344,6 +346,7 @@ def backward(
         Q=config.scan.chunk,
         BH=_DECAY_HEADS,
         SOFTPLUS=dt_bias is not None,
+        SKIP=D is not None,
         num_warps=4,
     )
 

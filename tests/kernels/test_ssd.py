@@ -172,7 +172,7 @@ def test_autograd_of_the_op_equals_the_reference(monkeypatch: pytest.MonkeyPatch
 
 @pytest.mark.parametrize("cut", [1, 8, 20])
 def test_two_pieces_equal_one(cut: int) -> None:
-    x, dt, rate, keys, queries, skip, bias, state = (t.requires_grad_() for t in inputs(2, 21, 4, 2))
+    x, dt, rate, keys, queries, skip, bias, state = (t.cpu().requires_grad_() for t in inputs(2, 21, 4, 2))
     z = torch.randn_like(x, requires_grad=True)
     leaves = [x, dt, rate, keys, queries, skip, z, bias, state]
 
