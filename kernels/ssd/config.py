@@ -4,7 +4,7 @@ from dataclasses import dataclass
 
 import torch
 
-_WIDTHS, _STATES = (16, 32, 64, 128), (16, 32, 64, 128)
+_WIDTHS, _STATES = (16, 32, 64), (16, 32, 64, 128)
 
 
 @dataclass(frozen=True)
