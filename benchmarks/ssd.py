@@ -108,7 +108,7 @@ class poisoned:
     """Fresh memory holds NaN inside, so that an element that nobody writes is seen."""
 
     def __enter__(self) -> None:
-        torch.use_deterministic_algorithms(True)
+        torch.use_deterministic_algorithms(True, warn_only=True)
         torch.utils.deterministic.fill_uninitialized_memory = True
 
     def __exit__(self, *_: Any) -> None:
