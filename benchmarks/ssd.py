@@ -3,10 +3,10 @@
     python benchmarks/ssd.py [--out benchmarks/results] [--grid] [--seconds 100]
 
 First every output and every gradient, for every configuration that is timed, against fp64 on the same
-inputs: relative error ‖found - true‖ / ‖true‖. Then medians of CUDA events over calls at H 64, P 64, N 128, one
-group, bf16, on random data larger than the cache. ``--grid`` adds the time of each kernel in each candidate
-configuration. ``floor`` is the larger of the fewest bytes at 4.3 TB/s and the operations at 700 TFLOP/s. Writes
-``ssd.json`` after each part, so that a run that is cut short keeps what it has.
+inputs: relative error ‖found - true‖ / ‖true‖. Then medians of CUDA events over calls at H 64, P 64, N 128,
+one group, bf16, on random data larger than the cache. ``--grid`` adds the time of each kernel in each
+candidate configuration. ``floor`` has the fewest bytes at 4.3 TB/s and the operations at 700 TFLOP/s, as
+milliseconds. Writes ``ssd.json`` after each part, so that a run that is cut short keeps what it has.
 """
 
 import argparse

@@ -30,7 +30,7 @@ class MixerState(NamedTuple):
 class Mamba2(nn.Module):
     """Mamba-2 (arXiv 2405.21060): a mixer whose cost is linear in the sequence.
 
-    ``inputs`` is one weight ``[2·inner + 2·groups·states + heads, hidden]`` with the rows of z, x, B, C and dt in
+    ``inputs`` is one weight ``[2·inner + 2·groups·states + heads, hidden]`` with rows of z, x, B, C and dt in
     this order, as Megatron and mamba_ssm have it; inner is ``heads · head_dim``. The convolution runs over
     x, B and C. The norm is over each of ``groups`` parts, so that a part needs nothing of the others.
     """
@@ -49,8 +49,8 @@ class Mamba2(nn.Module):
     ) -> None:
         if min(hidden, heads, head_dim, states, groups, taps) < 1 or heads % groups:
             raise UserError(
-                f"Mamba2 of {heads} heads, {groups} groups, {taps} taps: sizes must be at least 1, and groups "
-                "must divide heads"
+                f"Mamba2 of {heads} heads, {groups} groups, {taps} taps: sizes must be at least 1, and "
+                "groups must divide heads"
             )
         super().__init__()
         self.heads, self.head_dim, self.states, self.groups = heads, head_dim, states, groups

@@ -22,7 +22,7 @@ def causal_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None, tail: Ten
 
 
 def next_tail(x: Tensor, taps: int, tail: Tensor | None = None) -> Tensor:
-    """The last W-1 = ``taps - 1`` inputs ``[B, W-1, D]`` of those in ``tail [B, W-1, D]`` and x ``[B, S, D]``."""
+    """The last W-1 = ``taps - 1`` inputs ``[B, W-1, D]`` out of ``tail [B, W-1, D]`` and x ``[B, S, D]``."""
     if x.shape[1] < taps - 1:
         x = pad(x, (0, 0, taps - 1, 0)) if tail is None else torch.cat([tail.to(x.dtype), x], dim=1)
     return x[:, x.shape[1] - taps + 1 :]

@@ -110,9 +110,9 @@ def taps_of(weight, column, inside, TAPS: tl.constexpr, BACK: tl.constexpr):  # 
 
 
 @triton.jit
-def input_at(
+def input_at(  # type: ignore[no-untyped-def]
     x, tail, time, column, inside, sequence, width, x_time, TAPS: tl.constexpr, HAS_TAIL: tl.constexpr
-):  # type: ignore[no-untyped-def]
+):
     """Inputs at one ``time``, from ``tail`` (or zeros) before the sequence and zeros after it."""
     here = inside & (time >= 0) & (time < sequence)
     values = tl.load(x + time.to(tl.int64) * x_time + column, mask=here, other=0.0).to(tl.float32)
@@ -219,7 +219,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None) -> Tensor:
-    """See ``reference.causal_conv``: x ``[B, S, D]`` (any stride but of the last dimension) -> y ``[B, S, D]``."""
+    """See ``reference.causal_conv``: x ``[B, S, D]``, of any strides -> y ``[B, S, D]``."""
     batch, sequence, width = x.shape
     x, y = _columns(x), dense_like(x)
     grid = (triton.cdiv(width, _COLUMNS), triton.cdiv(sequence, _ROWS), batch)

@@ -18,8 +18,8 @@ def gated_norm(x: Tensor, z: Tensor, weight: Tensor, groups: int = 1, epsilon: f
     width = x.shape[-1]
     if z.shape != x.shape or weight.shape != (width,) or width % groups:
         raise UserError(
-            f"x {list(x.shape)} and z {list(z.shape)} must be alike, the weight {list(weight.shape)} their width, "
-            f"and {groups} groups divide it"
+            f"x {list(x.shape)} and z {list(z.shape)} must be alike, the weight {list(weight.shape)} their "
+            f"width, and {groups} groups divide it"
         )
     if not x.is_cuda:
         return reference.gated_norm(x, z, weight, groups, epsilon)
@@ -55,8 +55,8 @@ def norm_backward_kernels(
 def _(
     dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, groups: int, epsilon: float
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dense = torch.contiguous_format
-    return (*(torch.empty_like(t, memory_format=dense) for t in (x, z)), torch.empty_like(weight))
+    dx, dz = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, z))
+    return dx, dz, torch.empty_like(weight)
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

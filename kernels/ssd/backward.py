@@ -44,7 +44,7 @@ def inputs_gradient_kernel(  # type: ignore[no-untyped-def]
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dx, the parts of dΔ and the products that dB and dC share, of ``HEADS`` heads of one group in one chunk.
+    """dx, parts of dΔ and the products that dB and dC share, of ``HEADS`` heads of one group in one chunk.
 
     With ``L_ts = exp(total_t - total_s)`` for s <= t, dS the gradient of the state after the chunk, and
     ``e_s = exp(total_Q - total_s)``:

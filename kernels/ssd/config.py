@@ -39,10 +39,10 @@ class Backward:
     group_stages: int
 
 
-# Measured on an H200 (benchmarks/ssd.py --grid). Forward, stored states are what goes through memory beyond x
-# and y: 128 tokens apart they are half of those at 64, and the tiles [Q, Q] still fit the registers of 8 warps.
-# Backward, several such tiles live at once: at 64 they fit those of 4 warps, nearly, at 128 they spill and the
-# kernel takes twice as long. The scan wants whole rows of the state where both directions fill the GPU.
+# Measured on an H200 (benchmarks/ssd.py --grid). Forward, stored states are what goes through memory beyond
+# x and y: 128 tokens apart they are half of those at 64, and a tile [Q, Q] fits the registers of 8 warps.
+# Backward, several such tiles live at once: at 64 they fit those of 4 warps, nearly, at 128 they spill and
+# the kernel takes twice as long. The scan wants whole rows of the state where both directions fill the GPU.
 _HALF = (
     Forward(Scan(chunk=128, columns=64, warps=4, stages=3), heads=16, warps=8, stages=3),
     Backward(

@@ -1,8 +1,8 @@
 """Kernels of the step sizes: their softplus, their running sums over a chunk, and the way back.
 
-Tensors of the kernels are head-major and padded to whole chunks: ``[B, H, chunks · Q]``, so that a kernel that
-works on one head reads its chunk without gaps and without masks. Filler has step size 0, which neither decays
-nor adds. Sums are in units of log2, because the hardware has 2**x and nothing else.
+Tensors of the kernels are head-major and padded to whole chunks, ``[B, H, chunks · Q]``, so that a kernel
+that works on one head reads its chunk without gaps and without masks. Filler has step size 0, which neither
+decays nor adds. Sums are in units of log2, because the hardware has 2**x and nothing else.
 """
 
 import triton

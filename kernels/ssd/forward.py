@@ -38,8 +38,8 @@ def output_kernel(  # type: ignore[no-untyped-def]
 ):
     """``y`` of ``HEADS`` heads of one group in one chunk.
 
-    y_t = exp(total_t) state C_t + Σ_{s<=t} (C_t·B_s) exp(total_t - total_s) Δ_s x_s + D x_t; the products C·Bᵀ
-    are the same for all heads of a group and are formed once.
+    y_t = exp(total_t) state C_t + Σ_{s<=t} (C_t·B_s) exp(total_t - total_s) Δ_s x_s + D x_t; the products
+    C·Bᵀ are the same for all heads of a group and are formed once.
     """
     chunk = tl.program_id(0)
     first = tl.program_id(1) * HEADS

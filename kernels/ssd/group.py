@@ -37,13 +37,15 @@ def group_gradient_kernel(  # type: ignore[no-untyped-def]
 ):
     """dB or dC of one group in one chunk: a sum over the group's heads in one order.
 
-        dB_s = Σ_h e_s Δ_s dSᵀ x_s + Σ_t mixed_st C_t       x; own B; other C; S the states before chunks,
-        dC_t = Σ_h exp(total_t) Sᵀ dy_t + Σ_s mixed_st B_s  dy; own C; other B; dS their gradients after
+        dB_s = Σ_h e_s Δ_s dSᵀ x_s + Σ_t mixed_st C_t       x; own B; other C
+        dC_t = Σ_h exp(total_t) Sᵀ dy_t + Σ_s mixed_st B_s  dy; own C; other B
 
-    ``mixed`` ``[B, chunks, shares, Q, Q]`` holds ``shares / groups`` parts of a group's sum over heads; it is
-    read transposed for dC, since no operand may be transposed in registers (see ``backward.py``). With dC come
-    the paths of the decay that begin before the chunk: ``before`` those that end in it, ``through`` those that
-    do not, ``exp(total_Q) <S, dS>``.
+    ``states`` S are those before chunks, ``d_states`` dS the gradients of those after.
+
+    ``mixed`` ``[B, chunks, shares, Q, Q]`` holds ``shares / groups`` parts of a group's sum over heads; it
+    is read transposed for dC, since no operand may be transposed in registers (see ``backward.py``). With dC
+    come the paths of the decay that begin before the chunk: ``before`` those that end in it, ``through``
+    those that do not, ``exp(total_Q) <S, dS>``.
     """
     chunk = tl.program_id(0)
     group = tl.program_id(1)
@@ -86,10 +88,7 @@ def group_gradient_kernel(  # type: ignore[no-untyped-def]
 
     other += batch * other_batch + start * other_time + group * N
     other_rows = tl.load(other + row[:, None] * other_time + column[None, :], mask=inside, other=0.0)
-    if OF_B:
-        square = row[:, None] * Q + row[None, :]
-    else:
-        square = row[None, :] * Q + row[:, None]
+    square = row[:, None] * Q + row[None, :] if OF_B else row[None, :] * Q + row[:, None]
     parts = shares // groups
     mixed += ((batch * chunks + chunk) * shares + group * parts) * (Q * Q)
     for part in range(parts):

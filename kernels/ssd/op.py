@@ -79,7 +79,7 @@ def ssd_backward_kernels(
     dt_bias: Tensor | None,
     initial_state: Tensor | None,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, Tensor]:
-    """Gradients of x, dt, A, B, C, D ``[H]``, dt_bias ``[H]`` and the state; empty where there is no input."""
+    """Gradients of x, dt, A, B, C, D ``[H]``, dt_bias ``[H]``, state; empty where there is no input."""
     from flashtrain.kernels.ssd import triton
 
     found = triton.backward(dy, d_final, x, dt, A, B, C, D, dt_bias, initial_state)

@@ -5,8 +5,9 @@ For each sequence and head, with step size Δ_t > 0, rate A < 0 and a state ``[P
     state_t = exp(Δ_t A) · state_{t-1} + Δ_t x_t ⊗ B_t
     y_t     = state_t C_t + D x_t
 
-Shapes: x ``[B, S, H, P]``, dt ``[B, S, H]``, A and D ``[H]``, B and C ``[B, S, G, N]``, states ``[B, H, P, N]``;
-head h reads group h // (H/G) of B and C. All is computed in fp32, or in fp64 where the inputs are fp64.
+Shapes: x ``[B, S, H, P]``, dt ``[B, S, H]``, A and D ``[H]``, B and C ``[B, S, G, N]``, states
+``[B, H, P, N]``; head h reads group h // (H/G) of B and C. All is computed in fp32, or in fp64 where the
+inputs are fp64.
 """
 
 import torch
@@ -30,7 +31,7 @@ def recurrence(
     dt_bias: Tensor | None = None,
     initial_state: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """``(y [B, S, H, P] in x's dtype, final state [B, H, P, N])``, token by token: the oracle of the tests."""
+    """``(y [B, S, H, P] in x's dtype, final state [B, H, P, N])``, token by token: the oracle of tests."""
     batch, sequence, heads, width = x.shape
     state = initial_state
     if state is None:

@@ -54,10 +54,7 @@ def carry(  # type: ignore[no-untyped-def]
     else:
         state = tl.zeros((P, column.shape[0]), dtype=tl.float32)
     for index in tl.range(0, chunks, num_stages=STAGES):
-        if REVERSE:
-            chunk = chunks - 1 - index
-        else:
-            chunk = index
+        chunk = chunks - 1 - index if REVERSE else index
         border = states + ((batch * chunks + chunk) * heads + head) * (P * N)
         tl.store(border + tile, state.to(states.dtype.element_ty))
         start_time = (chunk * Q).to(tl.int64)  # see backward.py for what is 64 and what 32 bits wide
@@ -67,10 +64,7 @@ def carry(  # type: ignore[no-untyped-def]
         here = line + start_time
         sums = tl.load(total + here + row)
         last = tl.load(total + here + (Q - 1))
-        if REVERSE:
-            weight = tl.exp2(sums)
-        else:
-            weight = tl.exp2(last - sums) * tl.load(delta + here + row)
+        weight = tl.exp2(sums) if REVERSE else tl.exp2(last - sums) * tl.load(delta + here + row)
         # Weights go on the operand that is not transposed: Triton 3.4 to 3.7.0 miscompiles products with a
         # transposed tile that was computed in registers (flash-linear-attention#640).
         keys = (keys.to(tl.float32) * weight[:, None]).to(x.dtype.element_ty)

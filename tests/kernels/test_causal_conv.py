@@ -1,4 +1,4 @@
-"""Causal convolution with bias and SiLU: reference against torch, kernels against fp64, pieces against one."""
+"""Causal convolution with bias and SiLU: reference against torch, kernels against fp64, pieces and whole."""
 
 from typing import Any
 
