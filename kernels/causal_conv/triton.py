@@ -173,9 +173,12 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     x3 = input_at(x, tail, begin - 3, column, inside, sequence, width, x_time, TAPS, HAS_TAIL)
     x2 = input_at(x, tail, begin - 2, column, inside, sequence, width, x_time, TAPS, HAS_TAIL)
     x1 = input_at(x, tail, begin - 1, column, inside, sequence, width, x_time, TAPS, HAS_TAIL)
-    zero = tl.zeros((BD,), dtype=tl.float32)
-    g1, g2, g3 = zero, zero, zero
-    dw0, dw1, dw2, dw3, db = zero, zero, zero, zero, zero
+    # A value of its own each: of names that begin as one value and hand it on in turn, Triton takes all but
+    # one for constants of the loop.
+    g1 = tl.zeros((BD,), dtype=tl.float32)
+    g2 = tl.zeros((BD,), dtype=tl.float32)
+    g3 = tl.zeros((BD,), dtype=tl.float32)
+    dw0, dw1, dw2, dw3, db = g1, g1, g1, g1, g1
     xa = input_at(x, tail, begin, column, inside, sequence, width, x_time, TAPS, False)
     xb = input_at(x, tail, begin + 1, column, inside, sequence, width, x_time, TAPS, False)
     ya = input_at(dy, tail, begin, column, inside, sequence, width, dy_time, TAPS, False)

@@ -44,12 +44,12 @@ class Backward:
 # Backward, several such tiles live at once: at 64 they fit those of 4 warps, nearly, at 128 they spill and
 # the kernel takes twice as long. The scan wants whole rows of the state where both directions fill the GPU.
 _HALF = (
-    Forward(Scan(chunk=128, columns=64, warps=4, stages=3), heads=16, warps=8, stages=3),
+    Forward(Scan(chunk=128, columns=64, warps=4, stages=3), heads=32, warps=8, stages=3),
     Backward(
         Scan(chunk=64, columns=128, warps=4, stages=3),
-        heads=16,
+        heads=32,
         warps=4,
-        stages=2,
+        stages=3,
         group_warps=4,
         group_stages=3,
     ),

@@ -1,5 +1,8 @@
 """Causal convolution with bias and SiLU: reference against torch, kernels against fp64, pieces and whole."""
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -97,3 +100,34 @@ def test_inputs_that_do_not_fit_are_refused(change: dict[str, Tensor], message: 
     with pytest.raises(UserError) as raised:
         op.causal_conv(**given)
     assert message in str(raised.value)
+
+
+CARRIED = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from flashtrain.kernels.causal_conv.triton import backward_kernel as kernel
+
+pointers = {"x", "weight", "dy", "dx", "d_weight"}
+given = {"TAPS": 4, "HAS_BIAS": False, "HAS_TAIL": False, "BT": 64, "BD": 256}
+given |= dict.fromkeys(("bias", "tail", "d_tail", "d_bias"))
+names = [p.name for p in kernel.params]
+kinds = {n: "constexpr" if n in given else "*fp32" if n in pointers else "i32" for n in names}
+source = ASTSource(kernel, kinds, {(names.index(n),): value for n, value in given.items()})
+text = compile(source, target=GPUTarget("cuda", 90, 32)).asm["ttir"]
+loop = next(line for line in text.splitlines() if "scf.for" in line)
+print(loop.split("iter_args(")[1].split(")")[0].count("="))
+"""
+
+
+def test_compiled_the_loop_hands_on_all_that_it_hands_on_interpreted() -> None:
+    """Triton takes names that begin as one value and are handed on in turn for constants of a loop.
+
+    The interpreter does not: so the loop is compiled here, which needs no GPU. It carries three inputs, three
+    slopes, four sums of dweight and one of dbias, and four rows that were loaded ahead.
+    """
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ran = subprocess.run(
+        [sys.executable, "-c", CARRIED], env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert int(ran.stdout) == 15
