@@ -4,6 +4,10 @@ The interpreter is chosen when a kernel is defined, so this must be imported bef
 """
 
 import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import import_module
 from types import SimpleNamespace
 from typing import Any
 
@@ -16,6 +20,7 @@ ON_GPU = torch.cuda.is_available()
 DEVICE = torch.device("cuda", 0) if ON_GPU else torch.device("cpu")
 
 
+@cache
 def _mend_indices() -> None:
     """NumPy 2.4 refuses ``int()`` of arrays of one element, which is what Triton 3.6 has for scalars."""
     from triton.runtime import interpreter
@@ -29,18 +34,45 @@ def _mend_indices() -> None:
     interpreter._patch_lang_tensor = patched
 
 
-def load() -> SimpleNamespace:
-    """The modules of ``overlapped_matmul``: kernels under the interpreter where there is no GPU."""
+@cache
+def _mend_library() -> None:
+    """Triton's own functions, such as ``tl.sum``, were defined for a compiler if Triton came in before."""
+    from triton import language
+    from triton.runtime.interpreter import InterpretedFunction
+    from triton.runtime.jit import JITFunction
+
+    import_module("triton.experimental.gluon")  # comes in at the first launch, and wants the compiled ones
+    mended = {
+        name: InterpretedFunction(value.fn)
+        for name, value in vars(language.standard).items()
+        if isinstance(value, JITFunction)
+    }
+    for name, function in mended.items():
+        for module in (language, language.standard):
+            if hasattr(module, name):
+                setattr(module, name, function)
+
+
+@contextmanager
+def interpreted() -> Iterator[None]:
+    """Kernels that are imported inside run in the interpreter where there is no GPU."""
     before = os.environ.get("TRITON_INTERPRET")
     if not ON_GPU:
         os.environ["TRITON_INTERPRET"] = "1"
         _mend_indices()
+        _mend_library()
     try:
-        from flashtrain.kernels.overlapped_matmul import config, launch, plan, reference
-        from flashtrain.kernels.overlapped_matmul import triton as kernels
+        yield
     finally:
         if before is None:
             os.environ.pop("TRITON_INTERPRET", None)
         else:
             os.environ["TRITON_INTERPRET"] = before
+
+
+def load() -> SimpleNamespace:
+    """The modules of ``overlapped_matmul``: kernels under the interpreter where there is no GPU."""
+    with interpreted():
+        from flashtrain.kernels.overlapped_matmul import config, launch, plan, reference
+        from flashtrain.kernels.overlapped_matmul import triton as kernels
     return SimpleNamespace(config=config, launch=launch, plan=plan, reference=reference, kernels=kernels)
