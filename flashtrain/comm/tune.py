@@ -105,20 +105,22 @@ def _measure(
 
 
 def _burst(way: Any, call: Callable[[Any], Any]) -> float:
-    """Milliseconds of one call among several that the host has issued ahead."""
+    """Milliseconds of one call among several issued ahead, or of issuing it, where that takes longer."""
     torch.cuda.synchronize()
     torch.cuda._sleep(_SLEEP_CYCLES)
     begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+    issuing = time.perf_counter()
     for number in range(_BURST):
         if number == _DROPPED:
             begin.record()
         call(way)
+    issued = (time.perf_counter() - issuing) * 1e3
     end.record()
     torch.cuda.synchronize()
     taken: float = begin.elapsed_time(end)
     # By the device's time: the host's counts how long others rested, and ranks would rest ever longer.
     time.sleep(_REST * taken * 1e-3)
-    return taken / (_BURST - _DROPPED)
+    return max(taken / (_BURST - _DROPPED), issued / _BURST)
 
 
 def _agreed(times: dict[str, float], exchange: Callable[[str], list[str]]) -> dict[str, float]:
