@@ -8,6 +8,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, TextIO
 
 from flashtrain.errors import UserError
+from flashtrain.metrics.events import ROUTINE, Event
 from flashtrain.metrics.report import StepMetrics
 
 if TYPE_CHECKING:
@@ -45,6 +46,9 @@ class Callback:
 
     def on_evaluate(self, step: int, loss: float) -> None:
         """After an evaluation at the end of ``step`` (0: before the first); ``loss`` in nats per token."""
+
+    def on_event(self, event: Event) -> None:
+        """Something else happened to the run; see ``flashtrain.metrics.events``."""
 
     def on_end(self, run: Run) -> None:
         """After the last step, or after the failure that ended the run."""
@@ -100,6 +104,10 @@ class ProgressBar(Callback):
 
     def on_evaluate(self, step: int, loss: float) -> None:
         self._print(f"step {step}: held-out loss {loss:.4f}")
+
+    def on_event(self, event: Event) -> None:
+        if event.kind not in ROUTINE:
+            self._print(event.describe())
 
     def on_end(self, run: Run) -> None:
         if self._bar is not None:

@@ -9,6 +9,8 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 from flashtrain.errors import UserError
+from flashtrain.metrics import events
+from flashtrain.metrics.events import Event
 from flashtrain.metrics.report import StepMetrics, from_json, to_json
 from flashtrain.train.callbacks import Callback, Run
 
@@ -22,18 +24,21 @@ _log = logging.getLogger(__name__)
 
 
 class JsonLines(Callback):
-    """Writes metrics.jsonl, one object a step, and evaluations.jsonl, both flushed at every line.
+    """Writes metrics.jsonl, one object a step, evaluations.jsonl and events.jsonl, flushed at every line.
 
-    At the start of a run, lines of ``first_step`` and later are dropped: an interrupted run wrote them
-    after the checkpoint that this run continues. A fresh run therefore starts both files anew.
+    At the start of a run, steps and evaluations of ``first_step`` and later are dropped: an interrupted run
+    wrote them after the checkpoint that this run continues. A fresh run therefore starts both files anew.
+    Events stay: they are the history of all attempts.
     """
 
     def __init__(self) -> None:
+        self._out: Path | None = None
         self._metrics: TextIO | None = None
         self._evaluations: TextIO | None = None
 
     def on_start(self, run: Run) -> None:
         run.out.mkdir(parents=True, exist_ok=True)
+        self._out = run.out
         for name in (METRICS, EVALUATIONS):
             _drop_from(run.out / name, run.first_step)
         self._metrics = (run.out / METRICS).open("a", encoding="utf-8")
@@ -45,11 +50,15 @@ class JsonLines(Callback):
     def on_evaluate(self, step: int, loss: float) -> None:
         _append(self._evaluations, json.dumps({"step": step, "loss": to_json(loss)}))
 
+    def on_event(self, event: Event) -> None:
+        if self._out is not None:
+            events.record(self._out, event)
+
     def on_end(self, run: Run) -> None:
         for file in (self._metrics, self._evaluations):
             if file is not None:
                 file.close()
-        self._metrics = self._evaluations = None
+        self._metrics = self._evaluations = self._out = None
 
 
 class TensorBoard(Callback):

@@ -1,30 +1,38 @@
 """The training loop: what runs in which order. The step, side effects and storage stand beside it."""
 
 import logging
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field
+from datetime import timedelta
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
 from flashtrain import config as configs
-from flashtrain.checkpoint import CheckpointStore
+from flashtrain.checkpoint import BackgroundSaver, CheckpointStore
+from flashtrain.checkpoint.files import user_errors
 from flashtrain.comm import transport
 from flashtrain.comm.transport.base import clock
 from flashtrain.data import ByteTokenizer, Corpus, Windows, evaluation_windows, unigram_entropy
-from flashtrain.errors import TransportError, UserError
+from flashtrain.errors import Stopped, TransportError, UserError
 from flashtrain.metrics import StepMetrics, peak_flops, peak_memory, training_flops_per_token
+from flashtrain.metrics.events import Event
 from flashtrain.models.decoder import Decoder
 from flashtrain.parallel import mesh as meshes
 from flashtrain.parallel.apply import parallelize
 from flashtrain.parallel.mesh import DATA, Degrees
-from flashtrain.train import ranks, snapshot
+from flashtrain.train import faults, ranks, snapshot
 from flashtrain.train.callbacks import Callback, ProgressBar, Run
+from flashtrain.train.faults import Fault, FaultPlan
 from flashtrain.train.optimizer import AdamW
 from flashtrain.train.settings import Checkpointing, Training
 from flashtrain.train.sinks import JsonLines, LossPlot, TensorBoard
+from flashtrain.train.skips import SkipRule
 from flashtrain.train.step import Batch, StepResult, TrainStep, mean_over_data
+from flashtrain.train.stopping import StopRequest
+from flashtrain.train.stragglers import Stragglers
 from flashtrain.train.summary import Summary
 
 log = logging.getLogger("flashtrain.train")
@@ -46,6 +54,9 @@ class Trainer:
         parallel: Degrees = field(default_factory=Degrees)
         comm: transport.Settings = field(default_factory=transport.Settings)
         checkpoint: Checkpointing = field(default_factory=Checkpointing)
+        skip: SkipRule.Config = field(default_factory=SkipRule.Config)
+        stragglers: Stragglers.Config = field(default_factory=Stragglers.Config)
+        faults: tuple[Fault, ...] = ()
 
         def validate(self) -> None:
             """Raise UserError for settings that cannot work, before any rank starts."""
@@ -55,6 +66,9 @@ class Trainer:
             self.optimizer.validate()
             self.comm.validate()
             self.checkpoint.validate()
+            self.skip.validate()
+            self.stragglers.validate()
+            faults.validate(self.faults, self.parallel.world)
             tokenizer = ByteTokenizer()
             if self.model.vocabulary < tokenizer.vocab_size:
                 raise UserError(
@@ -78,13 +92,18 @@ class Trainer:
             transport.configure(self.config.comm)
             self._build(device)
             first_step, states = self._resume()
-            callbacks = self._callbacks(states)
-            run = self._describe(first_step)
+            self.callbacks = callbacks = self._callbacks(states)
+            unwritable = f"cannot write the records of the run in {self.out} (checkpoints are unchanged)"
+            with user_errors(unwritable):
+                run = self._describe(first_step)
             try:
-                for callback in callbacks:
-                    callback.on_start(run)
-                measured, held_out = self._loop(first_step, callbacks)
+                with user_errors(unwritable), StopRequest() as self.stop:
+                    for callback in callbacks:
+                        callback.on_start(run)
+                    measured, held_out = self._loop(first_step, callbacks)
             finally:
+                if self.saver is not None:
+                    self.saver.close()
                 for callback in callbacks:
                     callback.on_end(run)
             latest = self.store.latest()
@@ -115,8 +134,15 @@ class Trainer:
         self.model.to(device=device, dtype=dtype)
         parallelize(self.model, self.mesh)
         self.optimizer = AdamW(self.model, self.mesh, config.optimizer)
-        self.step = TrainStep(self.model, self.mesh, self.optimizer)
-        self.store = CheckpointStore(self.out / snapshot.CHECKPOINTS, keep=config.checkpoint.keep)
+        checkpoints = self.out / snapshot.CHECKPOINTS
+        self.skips, self.stragglers = SkipRule(config.skip), Stragglers(config.stragglers)
+        self.faults = FaultPlan(config.faults, dist.get_rank(), self.out, checkpoints)
+        self.step = TrainStep(self.model, self.mesh, self.optimizer, self.skips, self.faults)
+        self.store = CheckpointStore(checkpoints, keep=config.checkpoint.keep)
+        self.saver: BackgroundSaver | None = None
+        if config.checkpoint.background:
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.comm.timeout))
+            self.saver = BackgroundSaver(CheckpointStore(checkpoints, config.checkpoint.keep, group))
 
     def _resume(self) -> tuple[int, list[dict]]:
         path = self.store.latest()
@@ -126,6 +152,8 @@ class Trainer:
         log.info("resuming after step %d from %s", manifest.step, path)
         for change in snapshot.changes(manifest.meta["config"], configs.to_dict(self.config)):
             log.warning("setting differs from the checkpoint's: %s", change)
+        if skips := manifest.meta.get("skips"):
+            self.skips.load_state_dict(skips)
         return manifest.step + 1, manifest.meta["callbacks"]
 
     def _callbacks(self, states: list[dict]) -> list[Callback]:
@@ -153,24 +181,74 @@ class Trainer:
         held_out = self._evaluate() if first_step > train.steps else float("nan")
         for step in range(first_step, train.steps + 1):
             started = clock()
+            self.faults.before_step(step)
             rate = self.config.optimizer.learning_rate_at(step, train.steps)
             try:
-                result = self.step(step, rate, self._batches(step))
+                result = self.step(step, rate, self._batches(step), lambda: self._notes(measured))
             except TransportError as error:
                 raise TransportError(f"training step {step}: {error}") from error
             metrics = self._measure(step, rate, result, clock() - started)
             measured.append(metrics)
             for callback in callbacks:
                 callback.on_step(metrics)
+            self._watch(step, result)
             last = step == train.steps
             if last or (train.evaluate_every and step % train.evaluate_every == 0):
                 held_out = self._evaluate()
                 for callback in callbacks:
                     callback.on_evaluate(step, held_out)
-            if last or (every and step % every == 0):
-                states = [callback.state_dict() for callback in callbacks]
-                snapshot.save(self.store, step, self.model, self.optimizer, self.config, states)
+            stopping = [rank for rank, (_, stop, _) in enumerate(result.notes) if stop]
+            if stopping or last or (every and step % every == 0):
+                self._save(step)
+            if stopping and not last:
+                self._finish_save()
+                self._announce("preempted", step, reason=f"SIGTERM on rank {stopping[0]}")
+                log.info("SIGTERM: saved after step %d; the same command goes on from there", step)
+                raise Stopped(f"stopped by SIGTERM after step {step}")
+        self._finish_save()
         return measured, held_out
+
+    def _notes(self, measured: list[StepMetrics]) -> tuple[float, bool, bool]:
+        """What this rank tells all others at each step: its own time for the step before, without waiting
+        for others, whether it was asked to stop, and whether its part of a save has failed.
+        """
+        own_seconds = measured[-1].step_s - measured[-1].exposed_s if measured else 0.0
+        return own_seconds, self.stop.requested, self.saver is not None and self.saver.failed
+
+    def _watch(self, step: int, result: StepResult) -> None:
+        """Tell what happened beside the arithmetic of ``step``; take in a save in the background."""
+        if result.skipped is not None:
+            self._announce("skipped_step", step, reason=result.skipped, total=self.skips.count)
+        if dist.get_rank() == 0 and result.skipped is not None:
+            log.warning("step %d made no update: the %s", step, result.skipped)
+        own_seconds, _, lost = zip(*result.notes, strict=True)
+        # Times are those of the step before; the first step has none before it.
+        for late in self.stragglers.observe(own_seconds) if any(own_seconds) else ():
+            self._announce("straggler", step - 1, **asdict(late))
+            log.info("%s", late)
+        if any(lost) or (self.saver is not None and self.saver.done):
+            self._finish_save()
+
+    def _save(self, step: int) -> None:
+        states = [callback.state_dict() for callback in self.callbacks]
+        self._finish_save()
+        started = clock()
+        target = self.store if self.saver is None else self.saver
+        snapshot.save(target, step, self.model, self.optimizer, self.config, states, self.skips.state_dict())
+        if self.saver is None:
+            self._announce("checkpoint", step, seconds=round(clock() - started, 3))
+
+    def _finish_save(self) -> None:
+        """Wait for a save in the background. Raises its error, on all ranks alike."""
+        saved = None if self.saver is None else self.saver.finish()
+        if saved is not None:
+            self._announce("checkpoint", saved.step, seconds=round(saved.seconds, 3))
+
+    def _announce(self, kind: str, step: int, **detail: Any) -> None:
+        """Tell the callbacks of an event; see ``flashtrain.metrics.events`` for the kinds."""
+        event = Event(kind, step, detail)
+        for callback in self.callbacks:
+            callback.on_event(event)
 
     def _batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of ``step``. Samples are numbered over the whole run and all ranks."""
