@@ -28,9 +28,9 @@ class Fault:
 
     kill: the process ends by SIGKILL. delay: it sleeps ``seconds``. full: from here to the end of the
     process, the disk of the checkpoints is full for it. These three strike once in a run's folder, so a run
-    that is started again gets past them. inf: one gradient element becomes infinite. flip: one exponent bit
-    of one gradient element flips, which makes it at least 256 times as large. These two are a part of what
-    the run computes, and strike whenever the step is computed.
+    that is started again gets past them. inf: the largest gradient element of the rank becomes infinite.
+    flip: its highest exponent bit flips, as in a damaged memory cell. These two are a part of what the run
+    computes, and strike whenever the step is computed.
     """
 
     kind: Literal["kill", "delay", "full", "inf", "flip"]
@@ -112,9 +112,5 @@ class FaultPlan:
 
 
 def _flipped(value: float) -> float:
-    """fp32 ``value`` with the lowest exponent bit set that was not and is worth a factor of 2^8 or more."""
-    bits = int(torch.tensor([value]).view(torch.int32))
-    for bit in range(26, 31):
-        if not bits >> bit & 1:
-            return float(torch.tensor([bits | 1 << bit], dtype=torch.int32).view(torch.float32))
-    return float("inf")
+    bits = torch.tensor([value]).view(torch.int32) ^ (1 << 30)
+    return float(bits.view(torch.float32))
