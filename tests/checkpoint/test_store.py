@@ -283,6 +283,19 @@ def test_a_bad_pointer_falls_back_and_says_so(
     assert "taking the newest complete checkpoint" in caplog.text
 
 
+def test_a_link_is_no_checkpoint_of_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    elsewhere = CheckpointStore(tmp_path / "elsewhere").save(7, small(7), {})
+    store = CheckpointStore(tmp_path / "run")
+    path = store.save(1, small(1), {})
+    (tmp_path / "run" / "step-00000002").symlink_to(elsewhere)
+    (tmp_path / "run" / "latest").write_text("step-00000002\n")
+    assert store.latest() == path
+    assert "step-00000002 is a symbolic link, which is refused" in caplog.text
+    store.save(3, small(3), {})
+    store.save(4, small(4), {})
+    assert (elsewhere / "manifest.json").is_file(), "old checkpoints are removed, but not through links"
+
+
 def test_an_incomplete_checkpoint_is_passed_over_and_left_alone(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
