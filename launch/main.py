@@ -20,6 +20,7 @@ COMMANDS = {
     "train": "train a model from a recipe",
     "sample": "continue a prompt with the model of a checkpoint",
     "schedule": "print and draw a communication schedule",
+    "nodes": "print what starts a run on several hosts, by torchrun or Slurm",
     "doctor": "report what this machine has and which paths training would take",
 }
 

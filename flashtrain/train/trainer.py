@@ -24,6 +24,7 @@ from flashtrain.parallel import mesh as meshes
 from flashtrain.parallel.apply import parallelize
 from flashtrain.parallel.mesh import DATA, Degrees
 from flashtrain.train import faults, ranks, snapshot
+from flashtrain.train import places as where
 from flashtrain.train.callbacks import Callback, ProgressBar, Run
 from flashtrain.train.faults import Fault, FaultPlan
 from flashtrain.train.optimizer import AdamW
@@ -45,7 +46,10 @@ class Trainer:
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """All that decides what a run computes. ``parallel`` and ``comm`` only decide how."""
+        """All that decides what a run computes. ``parallel`` and ``comm`` only decide how.
+
+        ``nodes``: how many hosts the ranks must have come from; None: as many as there are.
+        """
 
         model: Decoder.Config = field(default_factory=Decoder.Config)
         data: Corpus.Config = field(default_factory=Corpus.Config)
@@ -57,6 +61,7 @@ class Trainer:
         skip: SkipRule.Config = field(default_factory=SkipRule.Config)
         stragglers: Stragglers.Config = field(default_factory=Stragglers.Config)
         faults: tuple[Fault, ...] = ()
+        nodes: int | None = None
 
         def validate(self) -> None:
             """Raise UserError for settings that cannot work, before any rank starts."""
@@ -90,6 +95,10 @@ class Trainer:
         with ranks.joined(self.config.comm.timeout) as device:
             ranks.log_to_stderr()
             transport.configure(self.config.comm)
+            places = where.survey(device)
+            for line in where.describe(places) if len(places) > 1 else ():
+                log.info("%s", line)
+            where.check(places, self.config.nodes)
             self._build(device)
             first_step, states = self._resume()
             self.callbacks = callbacks = self._callbacks(states)
