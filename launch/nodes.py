@@ -19,8 +19,8 @@ def add_parser(subparsers: Any) -> None:
         help="print what starts a run on several hosts, by torchrun or Slurm",
         usage="flashtrain nodes {torchrun,slurm} --nodes N --processes P [options] -- train RECIPE ...",
         description=(
-            "Print the command to type on every host, or a batch script for sbatch. The run then checks after "
-            "its rendezvous that N x P ranks have come from N hosts, and logs who is where. Each host needs "
+            "Print the command to type on every host, or a batch script for sbatch. The run checks after its "
+            "rendezvous that N x P ranks have come from N hosts, and logs who is where. Each host needs "
             "the same installation, and all must see --out."
         ),
         epilog=f"Example: {EXAMPLE}. Before a long run, put doctor --nodes in the place of train RECIPE ...",
@@ -38,10 +38,7 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--interface", metavar="NAME", help="network interface, where the default is wrong")
     parser.add_argument("--cpu", action="store_true", help="ask Slurm for no GPUs")
-    parser.add_argument(
-        "words", nargs=argparse.REMAINDER, metavar="-- COMMAND", help="train or doctor --nodes"
-    )
-    parser.set_defaults(run=run)
+    parser.set_defaults(run=run, takes_settings=True)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,7 +46,9 @@ def run(args: argparse.Namespace) -> int:
     for name in ("nodes", "processes"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
-    words = _checked(args.words[1:] if args.words[:1] == ["--"] else args.words, args.nodes, args.processes)
+    if args.settings and args.settings[0] != "--":
+        raise UserError(f"unknown argument {args.settings[0]}; what is to be started comes after two dashes")
+    words = _checked(args.settings[1:], args.nodes, args.processes)
     if args.starter == "torchrun":
         if not args.head:
             raise UserError("--head is missing: name the host where the ranks meet, such as --head node1")

@@ -57,7 +57,7 @@ def describe(places: Sequence[Place]) -> list[str]:
 
 
 def check(places: Sequence[Place], nodes: int | None) -> None:
-    """Raise UserError, alike on all ranks, if they are not spread evenly over ``nodes`` (None: any number)."""
+    """Raise UserError, alike on all ranks, if they are not spread evenly over ``nodes`` (None: any)."""
     found = by_node(places)
     hosts = ", ".join(f"{there[0].host} ({len(there)} ranks)" for there in found.values())
     if nodes is not None and len(found) != nodes:
