@@ -119,6 +119,8 @@ setup(
             "ruff",
             "mypy",
             "pre-commit",
+            # Two hosts on one machine, for the tests of runs over a network.
+            "pyroute2; platform_system == 'Linux'",
             # CPU builds of torch come without it; the kernels are tested in its interpreter.
             "triton>=3.6; platform_system == 'Linux'",
         ]

@@ -5,14 +5,14 @@ a peer sends, which would let whoever reaches one rank's port run code on all of
 """
 
 import json
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashtrain.errors import UserError
+from flashtrain.errors import TransportError, UserError
 
 # A rank that sends more than this is taken to be broken: nobody can hold that many for every rank.
 _MOST_BYTES = 1 << 30
@@ -24,7 +24,8 @@ class Ranks:
     What an action returns must be JSON; tuples come back as lists. An action that raises does so before
     its results are exchanged, so no rank is left waiting. A UserError is raised with its message on every
     rank; any other exception is raised as it is on its own rank and as a RuntimeError that quotes it on
-    the others. If several ranks fail, the lowest one counts.
+    the others. If several ranks fail, the lowest one counts. Raises TransportError, naming the peer, if a
+    rank does not answer within the time-out of the group.
     """
 
     def __init__(self, group: dist.ProcessGroup | None) -> None:
@@ -60,29 +61,52 @@ class Ranks:
         raise RuntimeError(f"rank {rank}: {outcome['message']}")
 
     def _gather(self, text: str) -> list[str]:
-        if not self.distributed:
-            return [text]
-        mine = _bytes(text)
-        size = torch.tensor([mine.numel()], device=self._device)
-        sizes = [torch.zeros_like(size) for _ in range(self.world)]
-        dist.all_gather(sizes, size, group=self.group)
-        longest = _checked(max(int(size) for size in sizes))
-        padded = torch.zeros(longest, dtype=torch.uint8, device=self._device)
-        padded[: mine.numel()] = mine
-        everyone = [torch.empty_like(padded) for _ in range(self.world)]
-        dist.all_gather(everyone, padded, group=self.group)
-        return [_text(part[: int(size)]) for part, size in zip(everyone, sizes, strict=True)]
+        peers = [rank for rank in range(self.world) if rank != self.rank]
+        return self._swap(text, to=peers, source=peers)
 
     def _broadcast(self, text: str) -> str:
-        if not self.distributed:
-            return text
-        size = torch.tensor([len(text.encode())], device=self._device)
-        dist.broadcast(size, group=self.group, group_src=0)
-        payload = torch.empty(_checked(int(size)), dtype=torch.uint8, device=self._device)
         if self.rank == 0:
-            payload.copy_(_bytes(text))
-        dist.broadcast(payload, group=self.group, group_src=0)
-        return _text(payload)
+            self._swap(text, to=range(1, self.world), source=[])
+            return text
+        return self._swap("", to=[], source=[0])[0]
+
+    def _swap(self, text: str, to: Sequence[int], source: Sequence[int]) -> list[str]:
+        """Send ``text`` to some ranks and receive one from others; by rank, this one's own included.
+
+        Point to point, because of a collective that fails nobody can say which rank has not answered.
+        """
+        mine = torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8) if text else torch.empty(0)
+        size = torch.tensor([mine.numel()], device=self._device)
+        sizes = {peer: torch.zeros_like(size) for peer in source}
+        self._move(size, to, sizes)
+        if not all(0 < int(announced) <= _MOST_BYTES for announced in sizes.values()):
+            raise TransportError(f"rank {self.rank}: checkpoint: ranks are out of step: {sizes}")
+        payloads = {
+            peer: torch.empty(int(announced), dtype=torch.uint8, device=self._device)
+            for peer, announced in sizes.items()
+        }
+        self._move(mine.to(self._device), to, payloads)
+        texts = {peer: payload.cpu().numpy().tobytes().decode() for peer, payload in payloads.items()}
+        return [text for _, text in sorted({**texts, self.rank: text}.items())]
+
+    def _move(self, mine: Tensor, to: Sequence[int], landing: Mapping[int, Tensor]) -> None:
+        """Send ``mine [n]`` to each rank of ``to``, fill each ``landing [n]`` from its rank; wait for all."""
+        peers = [*to, *landing]
+        batch = [dist.P2POp(dist.isend, mine, group=self.group, group_peer=peer) for peer in to]
+        batch += [
+            dist.P2POp(dist.irecv, tensor, group=self.group, group_peer=peer)
+            for peer, tensor in landing.items()
+        ]
+        peer = next(iter(peers), self.rank)
+        try:
+            # NCCL answers for the whole batch with one handle.
+            works = dist.batch_isend_irecv(batch) if batch else []
+            for awaited, work in zip(peers, works, strict=False):
+                peer = awaited
+                work.wait()
+        except RuntimeError as error:
+            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            raise TransportError(f"rank {self.rank}: checkpoint: peer rank {peer}: {reason}") from error
 
 
 def _attempt(action: Callable[[], Any]) -> tuple[str, Exception | None]:
@@ -93,17 +117,3 @@ def _attempt(action: Callable[[], Any]) -> tuple[str, Exception | None]:
         return json.dumps({"by_user": True, "message": str(error)}), error
     except Exception as error:
         return json.dumps({"by_user": False, "message": f"{type(error).__name__}: {error}"}), error
-
-
-def _bytes(text: str) -> Tensor:
-    return torch.frombuffer(bytearray(text.encode()), dtype=torch.uint8)
-
-
-def _text(payload: Tensor) -> str:
-    return payload.cpu().numpy().tobytes().decode()
-
-
-def _checked(size: int) -> int:
-    if not 0 < size <= _MOST_BYTES:
-        raise RuntimeError(f"a rank announced a message of {size} bytes; ranks are out of step")
-    return size
