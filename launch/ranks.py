@@ -89,7 +89,7 @@ def _explain(failures: "Mapping[int, ProcessFailure]") -> int:
         """Causes before consequences: peers of a dead rank report it, and the rest is ended by SIGTERM."""
         failure = failures[rank]
         if failure.exitcode < 0:
-            return (4 if failure.exitcode == -signal.SIGTERM else 0), failure.timestamp
+            return (5 if failure.exitcode == -signal.SIGTERM else 0), failure.timestamp
         if failure.exitcode == 2:
             return 1, failure.timestamp
         if failure.exitcode == Stopped.EXIT_CODE:

@@ -1,5 +1,6 @@
 """Two hosts of two ranks: tensor parallel inside a host, data parallel across; and the cable is cut."""
 
+import json
 import subprocess
 import sys
 import time
@@ -45,8 +46,8 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return write_text(tmp_path_factory.mktemp("text") / "text.txt")
 
 
-def start(hosts: Hosts, words: list[str], port: int) -> list[subprocess.Popen[str]]:
-    """``words`` of the flashtrain command on two ranks of each host, started by torchrun."""
+def start(hosts: Hosts, words: list[str], port: int, each: int = 2) -> list[subprocess.Popen[str]]:
+    """``words`` of the flashtrain command on ``each`` ranks of both hosts, started by torchrun."""
     torchrun = [
         sys.executable,
         "-m",
@@ -54,7 +55,7 @@ def start(hosts: Hosts, words: list[str], port: int) -> list[subprocess.Popen[st
         "--nnodes",
         "2",
         "--nproc-per-node",
-        "2",
+        str(each),
         "--rdzv-backend",
         "c10d",
         "--rdzv-id",
@@ -163,3 +164,13 @@ def test_a_cut_cable_ends_every_rank_and_the_run_goes_on_to_the_same_bits(
     assert trajectory(out) == steps
     last = {name: tensor.numpy().tobytes() for name, tensor in saved(out).items()}
     assert [name for name, content in last.items() if content != tensors[name]] == []
+
+
+def test_the_examination_before_a_run_sees_every_pair_across_the_cable(hosts: Hosts) -> None:
+    launchers = start(hosts, ["doctor", "--nodes", "--json"], 29402, each=1)
+    (shown, log), (_, other) = (launcher.communicate(timeout=120) for launcher in launchers)
+    assert [launcher.returncode for launcher in launchers] == [0, 0], log + other
+    facts = json.loads(shown)
+    assert facts["problems"] == []
+    assert [place["host"] for place in facts["places"]] == list(NAMES)
+    assert [(pair["from"], pair["to"]) for pair in facts["pairs"]] == [(0, 1)]
