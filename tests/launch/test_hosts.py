@@ -22,7 +22,7 @@ from tests.launch.hosts import NAMES, Hosts, NamespacesForbidden
 from tests.train.runs import command, environment, trajectory, write_text
 from tests.train.test_fault_plan import saved
 
-TIMEOUT = 4.0
+TIMEOUT = 3.0
 SETTINGS: dict[str, Any] = {
     "train__steps": 30,
     "parallel__data": 2,
