@@ -138,6 +138,8 @@ setup(
             "wandb>=0.20",
             "prometheus-client>=0.19",
             "nvidia-ml-py>=12.535",  # its names are compared with the stand-in of the tests
+            # Two hosts on one machine, for the tests of runs over a network.
+            "pyroute2; platform_system == 'Linux'",
             # CPU builds of torch come without it; the kernels are tested in its interpreter.
             "triton>=3.6; platform_system == 'Linux'",
         ],

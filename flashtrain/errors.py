@@ -1,4 +1,4 @@
-"""The two ways in which a run ends early for a reason that a person can mend."""
+"""The ways in which a run ends early for a reason that a person can mend."""
 
 
 class UserError(Exception):
@@ -13,3 +13,9 @@ class TransportError(RuntimeError):
 
     The message names rank, site, operation, step, chunk and peer. The command line exits with code 1.
     """
+
+
+class Stopped(Exception):
+    """The run was asked to end by SIGTERM, and has saved what it had. The command line exits with 143."""
+
+    EXIT_CODE = 143  # 128 + SIGTERM, as shells and schedulers read it

@@ -43,10 +43,17 @@ def add_parser(subparsers: Any) -> None:
         description="Report versions, devices, links and transports. Exit code 0: training can run here.",
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
+    parser.add_argument(
+        "--nodes", action="store_true", help="under torchrun: compare all ranks, and measure every pair"
+    )
     parser.set_defaults(run=run)
 
 
 def run(args: argparse.Namespace) -> int:
+    if args.nodes:
+        from flashtrain.launch import pairs
+
+        return pairs.run(args)
     facts = examine()
     if args.json:
         print(json.dumps(facts, indent=2))

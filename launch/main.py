@@ -1,6 +1,7 @@
 """The ``flashtrain`` command: finds the subcommand, runs it, and turns what went wrong into one line.
 
-Exit codes: 0 done; 2 bad input (UserError); 1 a rank or its peer failed (TransportError); 130 interrupted.
+Exit codes: 0 done; 2 bad input (UserError); 1 a rank or its peer failed (TransportError); 130 interrupted;
+143 ended by SIGTERM, with a checkpoint (Stopped).
 """
 
 import argparse
@@ -12,7 +13,7 @@ from typing import NoReturn
 
 import flashtrain
 from flashtrain.config import nearest
-from flashtrain.errors import TransportError, UserError
+from flashtrain.errors import Stopped, TransportError, UserError
 
 # Each is a module beside this one with ``add_parser(subparsers)``, imported only when it is asked for.
 COMMANDS = {
@@ -22,6 +23,7 @@ COMMANDS = {
     "sample": "continue a prompt with the model of a checkpoint",
     "report": "write a run's curves, events and settings as one HTML page",
     "schedule": "print and draw a communication schedule",
+    "nodes": "print what starts a run on several hosts, by torchrun or Slurm",
     "doctor": "report what this machine has and which paths training would take",
 }
 
@@ -99,6 +101,8 @@ def main(argv: Sequence[str] | None = None) -> int:
     except TransportError as error:
         report(error)
         return 1
+    except Stopped:
+        return Stopped.EXIT_CODE
     except KeyboardInterrupt:
         return 130
 

@@ -14,7 +14,7 @@ import uuid
 from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
-from flashtrain.errors import TransportError, UserError
+from flashtrain.errors import Stopped, TransportError, UserError
 from flashtrain.launch import main
 
 if TYPE_CHECKING:
@@ -27,7 +27,7 @@ def launch(world: int, argv: Sequence[str]) -> int:
     """Run ``flashtrain ARGV`` on ``world`` new local ranks; returns the exit code of the whole.
 
     The first rank to fail ends all others. 2: a rank met a UserError, printed once. 1: a rank failed or
-    was killed; one line names it. 128 + signal: this process was asked to end.
+    was killed; one line names it. 128 + signal: this process or a rank was asked to end.
     """
     from torch.distributed.elastic.multiprocessing import DefaultLogsSpecs, SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
@@ -89,9 +89,11 @@ def _explain(failures: "Mapping[int, ProcessFailure]") -> int:
         """Causes before consequences: peers of a dead rank report it, and the rest is ended by SIGTERM."""
         failure = failures[rank]
         if failure.exitcode < 0:
-            return (4 if failure.exitcode == -signal.SIGTERM else 0), failure.timestamp
+            return (5 if failure.exitcode == -signal.SIGTERM else 0), failure.timestamp
         if failure.exitcode == 2:
             return 1, failure.timestamp
+        if failure.exitcode == Stopped.EXIT_CODE:
+            return 4, failure.timestamp
         return (2 if _recorded(failure) is None else 3), failure.timestamp
 
     rank = min(failures, key=order)
@@ -99,6 +101,8 @@ def _explain(failures: "Mapping[int, ProcessFailure]") -> int:
     if failure.exitcode < 0:
         main.report(f"rank {rank} was killed by {failure.signal_name()}; the other ranks were stopped")
         return 1
+    if failure.exitcode == Stopped.EXIT_CODE:
+        return failure.exitcode  # the ranks have said so
     message = _recorded(failure)
     if message is None:
         main.report(f"rank {rank} ended with exit code {failure.exitcode}; the other ranks were stopped")
@@ -135,6 +139,8 @@ def _rank_main(argv: Sequence[str]) -> int:
 
         get_error_handler().record_exception(error)
         return 2 if isinstance(error, UserError) else 1
+    except Stopped:
+        return Stopped.EXIT_CODE
 
 
 if __name__ == "__main__":

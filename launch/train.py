@@ -21,7 +21,7 @@ def add_parser(subparsers: Any) -> None:
         description="Train a model. Settings come from the recipe, then the file, then the command line.",
         epilog=(
             "Without torchrun, as many local ranks are started as the parallel degrees multiply to. "
-            "Under torchrun, the ranks that it started are used."
+            "Under torchrun, the ranks that it started are used; flashtrain nodes prints how to start them."
         ),
     )
     parser.add_argument("recipe", metavar="RECIPE", help="a named starting point, such as demo")
@@ -41,7 +41,7 @@ def run(args: argparse.Namespace) -> int:
         started = int(os.environ["WORLD_SIZE"])
         if started != world:
             raise UserError(
-                f"{_degrees(config.parallel)} asks for {world} ranks, but torchrun started {started}"
+                f"{degrees(config.parallel)} asks for {world} ranks, but torchrun started {started}"
             )
     elif world > 1:
         from flashtrain.launch import ranks
@@ -94,5 +94,6 @@ def _words(args: argparse.Namespace) -> list[str]:
     return ["train", args.recipe, *file, f"--out={_out(args)}", *args.settings]
 
 
-def _degrees(parallel: Any) -> str:
+def degrees(parallel: Any) -> str:
+    """The degrees of parallelism and their settings, for messages."""
     return " x ".join(f"parallel.{name} {degree}" for name, degree in vars(parallel).items())

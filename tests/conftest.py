@@ -4,6 +4,8 @@ from collections.abc import Iterator
 import pytest
 import torch
 
+import tests.offline  # noqa: F401 - keeps tests away from the network
+
 # Two ranks share two cores in CI: one thread each keeps timings steady and products reproducible.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 torch.set_num_threads(1)

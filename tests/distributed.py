@@ -17,7 +17,14 @@ import torch.distributed as dist
 
 _context = multiprocessing.get_context("forkserver")
 _context.set_forkserver_preload(
-    ["torch", "torch._dynamo", "torch.distributed.tensor", "torch.distributed.fsdp", "flashtrain"]
+    [
+        "torch",
+        "torch._dynamo",
+        "torch.distributed.tensor",
+        "torch.distributed.fsdp",
+        "flashtrain",
+        "tests.offline",
+    ]
 )
 
 

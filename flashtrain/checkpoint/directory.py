@@ -163,6 +163,8 @@ class CheckpointDirectory:
 
 
 def _check_complete(path: Path) -> Manifest:
+    if path.is_symlink():
+        raise UserError(f"{path} is a symbolic link, which is refused: it may lead out of this directory")
     manifest = read_manifest(path)
     check_files(path, manifest, manifest.tensors)
     return manifest

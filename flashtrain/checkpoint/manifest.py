@@ -82,9 +82,18 @@ def read_manifest(path: Path) -> Manifest:
             f"{path} is not a complete checkpoint: it has no file {MANIFEST}; resume from another one"
         )
     try:
-        content = json.loads(file.read_text(encoding="utf-8"))
+        text = file.read_text(encoding="utf-8")
     except OSError as error:
         raise UserError(f"cannot read {file}: {explain(error)}") from error
+    except ValueError as error:
+        raise _invalid(file, f"it is not JSON ({error})") from error
+    return parse_manifest(file, text)
+
+
+def parse_manifest(file: Path, text: str) -> Manifest:
+    """The manifest that ``text`` holds; ``file`` is for messages. Raises UserError as ``read_manifest``."""
+    try:
+        content = json.loads(text)
     except (ValueError, RecursionError) as error:
         raise _invalid(file, f"it is not JSON ({error})") from error
     return _parse(file, content)

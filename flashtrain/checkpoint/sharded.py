@@ -1,21 +1,19 @@
 """One set of tensors to and from a directory of safetensors, through torch.distributed.checkpoint (DCP).
 
-DCP plans who writes and who reads what, over the default or the given process group; its messages
-between ranks are the only serialised Python objects: the files are safetensors alone, without DCP's
-pickled ``.metadata``.
+DCP plans who writes and who reads what; the files are safetensors alone, without DCP's pickled
+``.metadata``. Its own messages between ranks are pickled too, so it runs without them: each rank tells the
+others as JSON which blocks it holds, and then plans for all of them alike.
 """
 
 import math
-import warnings
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from pathlib import Path
+from typing import Any
 
 import torch
-import torch.distributed.checkpoint as dcp
 from torch import Tensor
 from torch.distributed.checkpoint import DefaultLoadPlanner, DefaultSavePlanner
-from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.hf_storage import HuggingFaceStorageReader, HuggingFaceStorageWriter
 from torch.distributed.checkpoint.metadata import (
     ChunkStorageMetadata,
@@ -53,17 +51,19 @@ def write_set(
     filled = {name: block for name, block in blocks.items() if not block.is_empty}
     if not any(math.prod(entry.shape) for entry in entries.values()):
         return
-    writer = HuggingFaceStorageWriter(
-        str(directory), fqn_to_index_mapping=_file_of_each(entries, ranks.world), save_distributed=True
-    )
-    with _one_error_for_all(what):
-        dcp.save(
-            {name: block.local for name, block in filled.items()},
-            storage_writer=writer,
-            planner=_SaveBlocks(filled),
-            process_group=ranks.group,
-            no_dist=not ranks.distributed,
+    held = ranks.every(lambda: [[n, list(b.offset), list(b.local.shape)] for n, b in filled.items()])
+
+    def write() -> None:
+        planner = _SaveBlocks(filled)
+        plans, _ = planner.create_global_plan([_save_plan(theirs, entries) for theirs in held])
+        writer = HuggingFaceStorageWriter(
+            str(directory), fqn_to_index_mapping=_file_of_each(entries, ranks.world), save_distributed=True
         )
+        mine = writer.prepare_global_plan(plans)[ranks.rank]
+        with _worded(what):
+            writer.write_data(mine, planner).wait()
+
+    ranks.every(write)
 
 
 def read_set(
@@ -77,14 +77,17 @@ def read_set(
     filled = {name: block for name, block in blocks.items() if not block.is_empty}
     if not any(math.prod(entry.shape) for entry in entries.values()):
         return
-    with _one_error_for_all(what):
-        dcp.load(
-            {name: block.local for name, block in filled.items()},
-            storage_reader=HuggingFaceStorageReader(str(directory)),
-            planner=_LoadBlocks(filled),
-            process_group=ranks.group,
-            no_dist=not ranks.distributed,
-        )
+
+    def read() -> None:
+        with _worded(what):
+            reader = HuggingFaceStorageReader(str(directory))
+            planner = _LoadBlocks(filled)
+            metadata = reader.read_metadata()
+            reader.set_up_storage_reader(metadata, is_coordinator=True)
+            planner.set_up_planner({name: block.local for name, block in filled.items()}, metadata)
+            reader.read_data(planner.create_local_plan(), planner).wait()
+
+    ranks.every(read)
 
 
 def _file_of_each(entries: Mapping[str, TensorEntry], world: int) -> dict[str, int]:
@@ -98,34 +101,35 @@ def _file_of_each(entries: Mapping[str, TensorEntry], world: int) -> dict[str, i
     return place
 
 
-def _chunk(block: Block) -> ChunkStorageMetadata:
-    return ChunkStorageMetadata(offsets=torch.Size(block.offset), sizes=torch.Size(block.local.shape))
+def _chunk(offset: Sequence[int], sizes: Sequence[int]) -> ChunkStorageMetadata:
+    return ChunkStorageMetadata(offsets=torch.Size(offset), sizes=torch.Size(sizes))
+
+
+def _save_plan(held: list[list[Any]], entries: Mapping[str, TensorEntry]) -> SavePlan:
+    """What a rank that holds the blocks (name, offset, sizes) would write if it were alone."""
+    return SavePlan(
+        [
+            WriteItem(
+                index=MetadataIndex(name, torch.Size(offset)),
+                type=WriteItemType.SHARD,
+                tensor_data=TensorWriteData(
+                    chunk=_chunk(offset, sizes),
+                    properties=TensorProperties(dtype=getattr(torch, entries[name].dtype)),
+                    size=torch.Size(entries[name].shape),
+                ),
+            )
+            for name, offset, sizes in held
+        ]
+    )
 
 
 class _SaveBlocks(DefaultSavePlanner):
-    """Plans one write per block; the default then drops what several ranks hold and checks the cover."""
+    """Hands out this rank's blocks. The default drops what several ranks hold and checks the cover."""
 
     def __init__(self, blocks: Mapping[str, Block]) -> None:
         super().__init__(flatten_state_dict=False, flatten_sharded_tensors=False)
         self._blocks = blocks
         self._handed_out: set[int] = set()
-
-    def create_local_plan(self) -> SavePlan:
-        self.plan = SavePlan(
-            [
-                WriteItem(
-                    index=MetadataIndex(name, torch.Size(block.offset)),
-                    type=WriteItemType.SHARD,
-                    tensor_data=TensorWriteData(
-                        chunk=_chunk(block),
-                        properties=TensorProperties(dtype=block.local.dtype),
-                        size=torch.Size(block.shape),
-                    ),
-                )
-                for name, block in self._blocks.items()
-            ]
-        )
-        return self.plan
 
     def lookup_object(self, index: MetadataIndex) -> Tensor:
         return self._blocks[index.fqn].local
@@ -159,7 +163,7 @@ class _LoadBlocks(DefaultLoadPlanner):
                     f"its files hold {name} with shape {list(found.size)} and dtype {found.properties.dtype} "
                     f"instead of {list(block.shape)} and {block.local.dtype}"
                 )
-            reads = create_read_items_for_chunk_list(name, found, [_chunk(block)])
+            reads = create_read_items_for_chunk_list(name, found, [_chunk(block.offset, block.local.shape)])
             if sum(math.prod(read.lengths) for read in reads) != block.local.numel():
                 raise UserError(f"its files hold only parts of {name}, or some parts twice")
             items += reads
@@ -170,20 +174,13 @@ class _LoadBlocks(DefaultLoadPlanner):
 
 
 @contextmanager
-def _one_error_for_all(what: str) -> Iterator[None]:
-    """Turn DCP's report of the ranks that failed, which every rank gets, into the error of the lowest."""
+def _worded(what: str) -> Iterator[None]:
+    """Start the message of whatever can go wrong with files by ``what``."""
     try:
-        with warnings.catch_warnings():
-            # Said on purpose by no_dist; DCP warns of it each time.
-            warnings.filterwarnings("ignore", message="torch.distributed is disabled", category=UserWarning)
-            yield
-    except CheckpointException as report:
-        rank = min(report.failures)
-        cause = report.failures[rank][0]
-        match cause:
-            case UserError():
-                raise UserError(f"{what}: {cause}") from cause
-            case OSError():
-                raise UserError(f"{what}: {explain(cause)}") from cause
-            case _:
-                raise RuntimeError(f"{what}: rank {rank}: {type(cause).__name__}: {cause}") from cause
+        yield
+    except UserError as error:
+        raise UserError(f"{what}: {error}") from error
+    except OSError as error:
+        raise UserError(f"{what}: {explain(error)}") from error
+    except Exception as error:
+        raise RuntimeError(f"{what}: {type(error).__name__}: {error}") from error

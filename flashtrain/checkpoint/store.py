@@ -3,6 +3,7 @@
 import hashlib
 import json
 from collections.abc import Mapping
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,16 @@ from flashtrain.checkpoint.blocks import Block, block_of, entry_of
 from flashtrain.checkpoint.directory import CheckpointDirectory
 from flashtrain.checkpoint.files import explain, user_errors
 from flashtrain.checkpoint.integrity import check_files, check_hashes, sync_and_hash
-from flashtrain.checkpoint.manifest import SET_NAME, Manifest, TensorEntry, check_json, read_manifest
+from flashtrain.checkpoint.manifest import (
+    MANIFEST,
+    SET_NAME,
+    FileEntry,
+    Manifest,
+    TensorEntry,
+    check_json,
+    parse_manifest,
+    read_manifest,
+)
 from flashtrain.checkpoint.ranks import Ranks
 from flashtrain.checkpoint.sharded import read_set, write_set
 from flashtrain.errors import UserError
@@ -21,6 +31,30 @@ from flashtrain.errors import UserError
 TensorSets = Mapping[str, Mapping[str, Tensor]]
 Entries = dict[str, dict[str, TensorEntry]]
 Blocks = dict[str, dict[str, Block]]
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A checkpoint before it is written: what ``CheckpointStore.save`` was given, checked on all ranks.
+
+    ``entries`` describes the tensors of all ranks, ``blocks`` is this rank's part of them.
+    """
+
+    step: int
+    meta: dict[str, Any]
+    rank_metas: list[Any]
+    entries: Entries
+    blocks: Blocks
+
+    def copied(self) -> "Prepared":
+        """The same with blocks of its own in host memory, so that training may go on with the tensors."""
+
+        def copy(block: Block) -> Block:
+            return replace(block, local=block.local.to("cpu", copy=True))
+
+        blocks = {name: {n: copy(b) for n, b in named.items()} for name, named in self.blocks.items()}
+        # Plain values too: a caller may go on filling the lists and dicts that it gave.
+        return replace(self, meta=json.loads(json.dumps(self.meta)), blocks=blocks)
 
 
 class CheckpointStore:
@@ -50,55 +84,68 @@ class CheckpointStore:
         UserError on all ranks if the disk is full or not writable, or if something given cannot be
         stored; earlier checkpoints and the pointer are then as they were.
         """
-        ranks = Ranks(self.group)
-        what = f"cannot save step {step} in {self.directory} (earlier checkpoints are unchanged)"
+        return self.write(self.prepare(step, tensors, meta, rank_meta))
 
-        def check() -> str:
+    def prepare(
+        self, step: int, tensors: TensorSets, meta: dict[str, Any], rank_meta: Any = None
+    ) -> "Prepared":
+        """Check what ``save`` is given, without a copy and without touching the disk. Collective."""
+        ranks = Ranks(self.group)
+
+        def check() -> Any:
             if not isinstance(step, int) or step < 0:
                 raise UserError(f"step must be a whole number of at least 0, not {step!r}")
             if not isinstance(meta, dict):
                 raise UserError(f"meta must be a dict, not a {type(meta).__name__}")
             check_json(meta, "meta")
             check_json(rank_meta, "rank_meta")
-            return json.dumps(rank_meta)
+            return rank_meta
 
-        rank_texts = ranks.every(check)
-        entries, blocks = _describe(ranks, tensors)
+        rank_metas = ranks.every(check)
+        return Prepared(step, meta, rank_metas, *_describe(ranks, tensors))
 
-        def begin() -> Path:
+    def write(self, prepared: "Prepared") -> Path:
+        """Write what ``prepare`` has returned; the rest of ``save``. Collective, and may run in a thread."""
+        ranks = Ranks(self.group)
+        step, entries = prepared.step, prepared.entries
+        what = f"cannot save step {step} in {self.directory} (earlier checkpoints are unchanged)"
+
+        def begin() -> str:
             with user_errors(what):
-                return self._directory.begin(step, entries)
+                return str(self._directory.begin(step, entries))
 
         try:
-            temporary = ranks.first(begin)
+            temporary = Path(ranks.first(begin))
             ranks.every(lambda: self._check_shared(ranks, temporary))
             for name in entries:
-                write_set(ranks, temporary / name, blocks[name], entries[name], what)
+                write_set(ranks, temporary / name, prepared.blocks[name], entries[name], what)
 
             def sync_and_hash_own() -> dict[str, Any]:
                 # DCP names files after the rank that wrote them; its own are in this host's page cache.
                 own = temporary.glob(f"*/shard-{ranks.rank + 1:05d}-*.safetensors")
                 with user_errors(what):
-                    return sync_and_hash(
+                    hashed = sync_and_hash(
                         temporary, sorted(file.relative_to(temporary).as_posix() for file in own)
                     )
+                return {name: asdict(entry) for name, entry in hashed.items()}
 
-            files = {name: entry for part in ranks.every(sync_and_hash_own) for name, entry in part.items()}
+            parts = ranks.every(sync_and_hash_own)
+            files = {name: FileEntry(**entry) for part in parts for name, entry in part.items()}
 
-            def publish() -> Path:
+            def publish() -> str:
                 manifest = Manifest(
                     step=step,
                     serial=0,
-                    meta=meta,
-                    rank_meta=[json.loads(text) for text in rank_texts],
+                    meta=prepared.meta,
+                    rank_meta=prepared.rank_metas,
                     tensors=entries,
                     files=files,
                 )
                 check_files(temporary, manifest, entries)
                 with user_errors(what):
-                    return self._directory.publish(temporary, manifest)
+                    return str(self._directory.publish(temporary, manifest))
 
-            return ranks.first(publish)
+            return Path(ranks.first(publish))
         except BaseException:
             if ranks.rank == 0:
                 self._directory.clean()
@@ -111,7 +158,14 @@ class CheckpointStore:
         last is taken, and a log line says so. Raises UserError if there is a pointer but no complete
         checkpoint. Hashes are not checked here; ``load`` does that.
         """
-        return Ranks(self.group).first(self._directory.latest)
+        ranks = Ranks(self.group)
+
+        def find() -> str | None:
+            found = self._directory.latest()
+            return None if found is None else str(found)
+
+        path = ranks.first(find)
+        return None if path is None else Path(path)
 
     def read_manifest(self, path: Path) -> Manifest:
         """The manifest of the checkpoint ``path``; UserError if missing or not valid. Not collective."""
@@ -127,7 +181,7 @@ class CheckpointStore:
         """
         ranks = Ranks(self.group)
         path = Path(path).absolute()
-        manifest = ranks.first(lambda: read_manifest(path))
+        manifest = parse_manifest(path / MANIFEST, ranks.first(lambda: read_manifest(path).to_text()))
         entries, blocks = _describe(ranks, tensors)
         _check_same_model(path, manifest, entries)
 
@@ -188,10 +242,12 @@ def _describe(ranks: Ranks, tensors: TensorSets) -> tuple[Entries, Blocks]:
     if len(set(ranks.every(describe))) == 1:
         return mine, blocks
     merged: Entries = {}
-    for rank, theirs in enumerate(ranks.every(lambda: mine)):
+    plain = {name: {n: asdict(entry) for n, entry in named.items()} for name, named in mine.items()}
+    for rank, theirs in enumerate(ranks.every(lambda: plain)):
         for set_name, named in theirs.items():
             known = merged.setdefault(set_name, {})
-            for name, entry in named.items():
+            for name, fields in named.items():
+                entry = TensorEntry(tuple(fields["shape"]), fields["dtype"])
                 if known.setdefault(name, entry) != entry:
                     both = f"{_show(known[name])} on one rank and {_show(entry)} on rank {rank}"
                     raise UserError(

@@ -1,7 +1,7 @@
 """AdamW on this rank's shards, with fp32 masters, global-norm clipping, warm-up and cosine decay."""
 
 import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -99,30 +99,43 @@ class AdamW:
                 self._gradients[name] = gradient.float()
             parameter.grad = None
 
-    def step(self, learning_rate: float, step: int) -> float:
+    @property
+    def gradients(self) -> Mapping[str, Tensor]:
+        """The accumulated fp32 gradients of this rank's shards, by parameter."""
+        return self._gradients
+
+    def step(
+        self, learning_rate: float, update: int, accept: Callable[[float], bool] = lambda norm: True
+    ) -> float:
         """Clip, update, clear the gradients; return the norm that they had before clipping.
 
-        ``step`` counts from 1 and sets the bias correction. Collective over the mesh.
+        ``update`` counts the updates from 1 and sets the bias correction. Where ``accept`` refuses the norm,
+        which is the same bits on every rank, nothing but the gradients changes. Collective over the mesh.
         """
         gradients = self._gradients
         partial = [g for name, g in gradients.items() if not is_tensor_sharded(self.parameters[name])]
         sum_over_tensor(partial, self.mesh)
         norm = self._global_norm()
-        if norm > self.config.clip_norm:
-            torch._foreach_mul_(list(gradients.values()), self.config.clip_norm / norm)
+        if accept(norm):
+            if norm > self.config.clip_norm:
+                torch._foreach_mul_(list(gradients.values()), self.config.clip_norm / norm)
+            self._update(learning_rate, update)
+        for parameter in self.parameters.values():
+            parameter.grad = None
+        self._gradients = {}
+        return norm
+
+    def _update(self, learning_rate: float, update: int) -> None:
         for name, master in self._masters.items():
-            master.grad = gradients.get(name)
-            self._adamw.state[master]["step"].fill_(step - 1)
+            master.grad = self._gradients.get(name)
+            self._adamw.state[master]["step"].fill_(update - 1)
         for group in self._adamw.param_groups:
             group["lr"] = learning_rate
         self._adamw.step()
         for name, master in self._masters.items():
             master.grad = None
-            self.parameters[name].grad = None
             if self._locals[name] is not master:
                 self._locals[name].copy_(master)
-        self._gradients = {}
-        return norm
 
     def state(self) -> dict[str, Tensor]:
         """Moments, and the masters where they are not the parameters; sharded like the parameters."""

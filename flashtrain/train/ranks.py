@@ -13,6 +13,7 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from flashtrain.comm import transport
 from flashtrain.parallel.mesh import DATA, TENSOR
+from flashtrain.train.rendezvous import agent_store
 
 
 @contextmanager
@@ -28,7 +29,10 @@ def joined(timeout: float) -> Iterator[torch.device]:
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     patience = timedelta(seconds=timeout)
-    if launched:
+    if launched and (store := agent_store(timeout)) is not None:
+        rank, world = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
+        dist.init_process_group(backend, timeout=patience, store=store, rank=rank, world_size=world)
+    elif launched:
         dist.init_process_group(backend, timeout=patience)
     else:
         dist.init_process_group(backend, timeout=patience, store=dist.HashStore(), rank=0, world_size=1)

@@ -44,10 +44,15 @@ class Training:
 
 @dataclass(frozen=True, kw_only=True)
 class Checkpointing:
-    """Save each ``every`` steps (0: never in between) and after the last one; the last ``keep`` stay."""
+    """Save each ``every`` steps (0: never in between) and after the last one; the last ``keep`` stay.
+
+    ``background``: copy to host memory, and write while training goes on. A save that fails then ends the
+    run one step later, or at the next save.
+    """
 
     every: int = 100
     keep: int = 2
+    background: bool = False
 
     def validate(self) -> None:
         """Raise UserError for a value out of range."""

@@ -9,7 +9,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from flashtrain import config as configs
-from flashtrain.checkpoint import CheckpointStore, Manifest
+from flashtrain.checkpoint import BackgroundSaver, CheckpointStore, Manifest
 from flashtrain.data.tokenizer import BYTES, TOKENIZER, Tokenizer, load_tokenizer
 from flashtrain.errors import UserError
 from flashtrain.models.decoder import Decoder
@@ -27,22 +27,23 @@ def _tensors(model: nn.Module, optimizer: AdamW) -> dict[str, dict[str, Tensor]]
 
 
 def save(
-    store: CheckpointStore,
+    store: CheckpointStore | BackgroundSaver,
     step: int,
     model: nn.Module,
     optimizer: AdamW,
     config: Any,
     callbacks: dict[str, Any],
-) -> Path:
-    """Write weights, moments, RNG states, the config and, by class, what callbacks keep. Collective.
+    skips: dict[str, Any] | None = None,
+) -> None:
+    """Write weights, moments, RNG states, the config, what the skip rule and each callback keep. Collective.
 
     The step is the data position too: samples are numbered over the whole run.
     """
-    meta = {"config": configs.to_dict(config), "callbacks": callbacks}
+    meta = {"config": configs.to_dict(config), "callbacks": callbacks, "skips": skips or {}}
     rng = {"cpu": torch.get_rng_state().numpy().tobytes().hex()}
     if torch.cuda.is_available():
         rng["cuda"] = torch.cuda.get_rng_state().numpy().tobytes().hex()
-    return store.save(step, _tensors(model, optimizer), meta, rng)
+    store.save(step, _tensors(model, optimizer), meta, rng)
 
 
 def restore(store: CheckpointStore, path: Path, model: nn.Module, optimizer: AdamW) -> Manifest:

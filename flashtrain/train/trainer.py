@@ -3,7 +3,8 @@
 import contextlib
 import logging
 import os
-from dataclasses import dataclass, field, replace
+from dataclasses import asdict, dataclass, field, replace
+from datetime import timedelta
 from pathlib import Path
 from typing import Any
 
@@ -12,13 +13,14 @@ import torch.distributed as dist
 from torch import Tensor
 
 from flashtrain import config as configs
-from flashtrain.checkpoint import CheckpointStore
+from flashtrain.checkpoint import BackgroundSaver, CheckpointStore
+from flashtrain.checkpoint.files import user_errors
 from flashtrain.comm import transport
 from flashtrain.comm.transport.base import clock
 from flashtrain.data import Corpus, PreparedData, open_source
 from flashtrain.data.source import HeldOut, resolved
 from flashtrain.data.tokenizer import keep_tokenizer
-from flashtrain.errors import TransportError, UserError
+from flashtrain.errors import Stopped, TransportError, UserError
 from flashtrain.metrics import Event, StepMetrics, peak_flops, peak_memory, training_flops_per_token
 from flashtrain.metrics.history import CONFIG
 from flashtrain.metrics.machine import describe_machine
@@ -27,11 +29,16 @@ from flashtrain.parallel import mesh as meshes
 from flashtrain.parallel import sites
 from flashtrain.parallel.apply import parallelize
 from flashtrain.parallel.mesh import DATA, Degrees
-from flashtrain.train import carried, ranks, snapshot
+from flashtrain.train import carried, faults, ranks, snapshot
+from flashtrain.train import places as where
 from flashtrain.train.callbacks import Callback, Run
+from flashtrain.train.faults import Fault, FaultPlan
 from flashtrain.train.optimizer import AdamW
 from flashtrain.train.settings import Checkpointing, Training
+from flashtrain.train.skips import SkipRule
 from flashtrain.train.step import Batch, StepResult, TrainStep, mean_over_data
+from flashtrain.train.stopping import StopRequest
+from flashtrain.train.stragglers import Stragglers
 from flashtrain.train.summary import Summary
 from flashtrain.train.watch import Watching, build_callbacks
 
@@ -43,7 +50,10 @@ class Trainer:
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """All that decides what a run computes. ``parallel``, ``comm`` and ``watch`` only decide how."""
+        """All that decides what a run computes. ``parallel``, ``comm`` and ``watch`` only decide how.
+
+        ``nodes``: how many hosts the ranks must have come from; None: as many as there are.
+        """
 
         model: Decoder.Config = field(default_factory=Decoder.Config)
         data: Corpus.Config | PreparedData.Config = field(default_factory=Corpus.Config)
@@ -53,6 +63,10 @@ class Trainer:
         comm: transport.Settings = field(default_factory=transport.Settings)
         checkpoint: Checkpointing = field(default_factory=Checkpointing)
         watch: Watching = field(default_factory=Watching)
+        skip: SkipRule.Config = field(default_factory=SkipRule.Config)
+        stragglers: Stragglers.Config = field(default_factory=Stragglers.Config)
+        faults: tuple[Fault, ...] = ()
+        nodes: int | None = None
 
         def validate(self) -> None:
             """Raise UserError for settings that cannot work, before any rank starts."""
@@ -63,6 +77,9 @@ class Trainer:
             self.comm.validate()
             self.checkpoint.validate()
             self.watch.validate(self.train.steps)
+            self.skip.validate()
+            self.stragglers.validate()
+            faults.validate(self.faults, self.parallel.world)
             source = open_source(self.data)
             if self.model.vocabulary < source.tokenizer.vocab_size:
                 raise UserError(
@@ -83,22 +100,31 @@ class Trainer:
         with ranks.joined(self.config.comm.timeout) as device:
             ranks.log_to_stderr()
             transport.configure(self.config.comm)
+            places = where.survey(device)
+            for line in where.describe(places) if len(places) > 1 else ():
+                log.info("%s", line)
+            where.check(places, self.config.nodes)
             self._build(device)
             first_step, states = self._resume()
             self.reached = first_step
-            run = self._describe(first_step)
             waiting = self._callbacks(states)
             self.callbacks: list[Callback] = []  # those that were started, and are to be ended
+            unwritable = f"cannot write the records of the run in {self.out} (checkpoints are unchanged)"
+            with user_errors(unwritable):
+                run = self._describe(first_step)
             try:
-                for callback in waiting:
-                    self.callbacks.append(callback)
-                    callback.on_start(run)
-                self._announce_beginning(first_step)
-                measured, held_out = self._loop(first_step)
+                with user_errors(unwritable), StopRequest() as self.stop:
+                    for callback in waiting:
+                        self.callbacks.append(callback)
+                        callback.on_start(run)
+                    self._announce_beginning(first_step)
+                    measured, held_out = self._loop(first_step)
             except BaseException as error:
                 self._announce_failure(error)
                 raise
             finally:
+                if self.saver is not None:
+                    self.saver.close()
                 for callback in self.callbacks:
                     callback.on_end(run)
             latest, rank = self.store.latest(), dist.get_rank()
@@ -130,8 +156,15 @@ class Trainer:
         parallelize(self.model, self.mesh)
         self._start_from(train.init_from)
         self.optimizer = AdamW(self.model, self.mesh, config.optimizer)
-        self.step = TrainStep(self.model, self.mesh, self.optimizer)
-        self.store = CheckpointStore(self.out / snapshot.CHECKPOINTS, keep=config.checkpoint.keep)
+        checkpoints = self.out / snapshot.CHECKPOINTS
+        self.skips, self.stragglers = SkipRule(config.skip), Stragglers(config.stragglers)
+        self.faults = FaultPlan(config.faults, dist.get_rank(), self.out, checkpoints)
+        self.step = TrainStep(self.model, self.mesh, self.optimizer, self.skips, self.faults)
+        self.store = CheckpointStore(checkpoints, keep=config.checkpoint.keep)
+        self.saver: BackgroundSaver | None = None
+        if config.checkpoint.background:
+            group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.comm.timeout))
+            self.saver = BackgroundSaver(CheckpointStore(checkpoints, config.checkpoint.keep, group))
 
     def _start_from(self, source: Path | None) -> None:
         """Take over the weights of ``source``, unless the run has a checkpoint of its own.
@@ -154,6 +187,8 @@ class Trainer:
         log.info("resuming after step %d from %s", manifest.step, path)
         for change in snapshot.changes(manifest.meta["config"], configs.to_dict(self.config)):
             log.warning("setting differs from the checkpoint's: %s", change)
+        if skips := manifest.meta.get("skips"):
+            self.skips.load_state_dict(skips)
         return manifest.step + 1, manifest.meta["callbacks"]
 
     def _callbacks(self, states: dict[str, Any]) -> list[Callback]:
@@ -181,6 +216,8 @@ class Trainer:
         self._announce("start" if first_step == 1 else "resume", first_step, **detail)
 
     def _announce_failure(self, error: BaseException) -> None:
+        if isinstance(error, Stopped):
+            return  # told as "preempted"
         reason = " ".join(f"{type(error).__name__}: {error}".split())
         # A disk that is full or gone must not hide the error that ended the run.
         with contextlib.suppress(OSError):
@@ -207,27 +244,69 @@ class Trainer:
             for callback in callbacks:
                 callback.before_step(step)
             started = clock()
+            self.faults.before_step(step)
             rate = self.config.optimizer.learning_rate_at(step, train.steps)
             try:
-                result = self.step(step, rate, self._batches(step))
+                result = self.step(step, rate, self._batches(step), lambda: self._notes(measured))
             except TransportError as error:
                 raise TransportError(f"training step {step}: {error}") from error
             metrics = self._measure(step, rate, result, clock() - started)
             measured.append(metrics)
             for callback in callbacks:
                 callback.on_step(metrics)
+            self._watch(step, result)
             last = step == train.steps
             if last or (train.evaluate_every and step % train.evaluate_every == 0):
                 held_out = self._evaluate()
                 for callback in callbacks:
                     callback.on_evaluate(step, held_out)
-            if last or (every and step % every == 0):
-                states = {type(callback).__name__: callback.state_dict() for callback in callbacks}
-                started = clock()
-                snapshot.save(self.store, step, self.model, self.optimizer, self.config, states)
-                self._announce("checkpoint", step, seconds=round(clock() - started, 3))
+            stopping = [rank for rank, (_, stop, _) in enumerate(result.notes) if stop]
+            if stopping or last or (every and step % every == 0):
+                self._save(step)
+            if stopping and not last:
+                self._finish_save()
+                self._announce("preempted", step, reason=f"SIGTERM on rank {stopping[0]}")
+                log.info("SIGTERM: saved after step %d; the same command goes on from there", step)
+                raise Stopped(f"stopped by SIGTERM after step {step}")
+        self._finish_save()
         self._announce("end", train.steps)
         return measured, held_out
+
+    def _notes(self, measured: list[StepMetrics]) -> tuple[float, bool, bool]:
+        """What this rank tells all others at each step: its own time for the step before, without waiting
+        for others, whether it was asked to stop, and whether its part of a save has failed.
+        """
+        own_seconds = measured[-1].step_s - measured[-1].exposed_s if measured else 0.0
+        return own_seconds, self.stop.requested, self.saver is not None and self.saver.failed
+
+    def _watch(self, step: int, result: StepResult) -> None:
+        """Tell what happened beside the arithmetic of ``step``; take in a save in the background."""
+        if result.skipped is not None:
+            self._announce("skipped_step", step, reason=result.skipped, total=self.skips.count)
+        if dist.get_rank() == 0 and result.skipped is not None:
+            log.warning("step %d made no update: the %s", step, result.skipped)
+        own_seconds, _, lost = zip(*result.notes, strict=True)
+        # Times are those of the step before; the first step has none before it.
+        for late in self.stragglers.observe(own_seconds) if any(own_seconds) else ():
+            self._announce("straggler", step - 1, **asdict(late))
+            log.info("%s", late)
+        if any(lost) or (self.saver is not None and self.saver.done):
+            self._finish_save()
+
+    def _save(self, step: int) -> None:
+        states = {type(callback).__name__: callback.state_dict() for callback in self.callbacks}
+        self._finish_save()
+        started = clock()
+        target = self.store if self.saver is None else self.saver
+        snapshot.save(target, step, self.model, self.optimizer, self.config, states, self.skips.state_dict())
+        if self.saver is None:
+            self._announce("checkpoint", step, seconds=round(clock() - started, 3))
+
+    def _finish_save(self) -> None:
+        """Wait for a save in the background. Raises its error, on all ranks alike."""
+        saved = None if self.saver is None else self.saver.finish()
+        if saved is not None:
+            self._announce("checkpoint", saved.step, seconds=round(saved.seconds, 3))
 
     def _batches(self, step: int) -> list[Batch]:
         """This rank's micro-batches of ``step``. Samples are numbered over the whole run and all ranks."""

@@ -326,7 +326,7 @@ def killed(rank: int, world: int, folder: Path, victim: int, number: int) -> Non
     store.save(2, {"model": {"w": distribute_tensor(whole + 1, mesh, [Shard(0)])}}, {})
 
 
-@pytest.mark.parametrize(("victim", "number"), [(1, 2), (1, 4), (0, 4), (0, 12)])
+@pytest.mark.parametrize(("victim", "number"), [(1, 2), (1, 3), (0, 4), (0, 12)])
 def test_a_killed_rank_leaves_a_checkpoint_that_loads(tmp_path: Path, victim: int, number: int) -> None:
     with pytest.raises((AssertionError, queue.Empty)):
         run_distributed(killed, 2, tmp_path, victim, number, timeout=20)
@@ -340,3 +340,23 @@ def test_a_killed_rank_leaves_a_checkpoint_that_loads(tmp_path: Path, victim: in
         assert step in (None, found)
         assert torch.equal(loaded, torch.arange(10.0) + found - 1)
     assert sorted(entry.name for entry in tmp_path.iterdir()) == ["latest", "step-00000003"]
+
+
+def unpickled(rank: int, world: int, folder: Path) -> None:
+    mesh = init_device_mesh("cpu", (world,))
+    store = CheckpointStore(folder)
+    whole = torch.arange(10.0)
+    refuse = mock.Mock(side_effect=AssertionError("ranks sent each other a pickle"))
+    with mock.patch.multiple("pickle", Pickler=refuse, Unpickler=refuse, loads=refuse, dumps=refuse):
+        c10d = dist.distributed_c10d
+        with mock.patch.multiple(c10d, _pickler=refuse, _unpickler=refuse):
+            path = store.save(1, {"model": {"w": distribute_tensor(whole, mesh, [Shard(0)])}}, {}, rank)
+            loaded = distribute_tensor(torch.zeros(10), mesh, [Shard(0)])
+            assert store.load(path, {"model": {"w": loaded}}).rank_meta == [0, 1]
+            assert store.latest() == path
+    assert not refuse.called
+    assert torch.equal(loaded.full_tensor(), whole)
+
+
+def test_ranks_send_each_other_no_pickles(tmp_path: Path) -> None:
+    run_distributed(unpickled, 2, tmp_path)

@@ -3,7 +3,6 @@
 import json
 import logging
 import math
-import pickle
 import shutil
 from pathlib import Path
 from typing import Any
@@ -284,6 +283,19 @@ def test_a_bad_pointer_falls_back_and_says_so(
     assert "taking the newest complete checkpoint" in caplog.text
 
 
+def test_a_link_is_no_checkpoint_of_the_run(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    elsewhere = CheckpointStore(tmp_path / "elsewhere").save(7, small(7), {})
+    store = CheckpointStore(tmp_path / "run")
+    path = store.save(1, small(1), {})
+    (tmp_path / "run" / "step-00000002").symlink_to(elsewhere)
+    (tmp_path / "run" / "latest").write_text("step-00000002\n")
+    assert store.latest() == path
+    assert "step-00000002 is a symbolic link, which is refused" in caplog.text
+    store.save(3, small(3), {})
+    store.save(4, small(4), {})
+    assert (elsewhere / "manifest.json").is_file(), "old checkpoints are removed, but not through links"
+
+
 def test_an_incomplete_checkpoint_is_passed_over_and_left_alone(
     tmp_path: Path, caplog: pytest.LogCaptureFixture
 ) -> None:
@@ -323,17 +335,10 @@ def test_nothing_is_pickled(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> 
     def refuse(*_: Any, **__: Any) -> None:
         raise AssertionError("pickle or torch.load was called")
 
-    for module, function in [
-        (pickle, "load"),
-        (pickle, "loads"),
-        (pickle, "dump"),
-        (pickle, "dumps"),
-        (pickle, "Pickler"),
-        (pickle, "Unpickler"),
-        (torch, "load"),
-        (torch, "save"),
-    ]:
-        monkeypatch.setattr(module, function, refuse)
+    for function in ("load", "loads", "dump", "dumps", "Pickler", "Unpickler"):
+        monkeypatch.setattr(f"pickle.{function}", refuse)
+    for function in ("load", "save"):
+        monkeypatch.setattr(f"torch.{function}", refuse)
     store = CheckpointStore(tmp_path)
     path = store.save(1, {**small(1), "optimizer": {"step": torch.tensor(1.0)}}, {"a": 1}, [2])
     store.load(path, {**small(0), "optimizer": {"step": torch.tensor(0.0)}})

@@ -134,6 +134,11 @@ def test_the_cause_is_named_and_not_its_consequence(
     assert capsys.readouterr().err == f"flashtrain: error: {line}\n"
 
 
+def test_ranks_that_were_asked_to_stop_are_no_error(capsys: pytest.CaptureFixture[str]) -> None:
+    assert ranks._explain({0: failure(-15), 1: failure(143, timestamp=5)}) == 143  # type: ignore[arg-type]
+    assert capsys.readouterr().err == ""
+
+
 def test_threads_that_the_user_chose_are_kept_and_said(
     monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:

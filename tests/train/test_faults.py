@@ -115,6 +115,32 @@ def test_a_terminated_run_leaves_no_process_behind(text: Path, tmp_path: Path) -
     assert not alive
 
 
+def test_data_that_has_vanished_is_named_and_the_checkpoint_stays(
+    text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from flashtrain.launch.main import main
+
+    source, out = tmp_path / "gone.txt", tmp_path / "out"
+    source.write_bytes(text.read_bytes())
+    assert train(out, source, train__steps=2, parallel__tensor=1).returncode == 0
+    kept = {file: file.read_bytes() for file in (out / "checkpoints").rglob("*") if file.is_file()}
+    source.unlink()
+    capfd.readouterr()
+    assert main(command(out, source, train__steps=4, parallel__tensor=1)[3:]) == 2
+    (line,) = capfd.readouterr().err.strip().splitlines()
+    assert str(source) in line
+    assert kept == {file: file.read_bytes() for file in (out / "checkpoints").rglob("*") if file.is_file()}
+
+
+def test_a_folder_that_cannot_be_written_is_one_line(text: Path) -> None:
+    # Nobody may create files there, not even root.
+    done = train(Path("/sys/flashtrain"), text, train__steps=2, parallel__tensor=1)
+    assert done.returncode == 2, done.stderr
+    (line,) = [line for line in done.stderr.splitlines() if line.startswith("flashtrain: error:")]
+    assert "cannot write the records of the run in /sys/flashtrain" in line
+    assert "choose another directory" in line or "choose a directory" in line
+
+
 def test_the_tiny_settings_are_known() -> None:
     from flashtrain.config import keys
     from flashtrain.recipes import demo

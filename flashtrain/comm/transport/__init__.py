@@ -136,10 +136,20 @@ def _choose(group: dist.ProcessGroup, device: torch.device) -> Transport:
 
 
 def _gather_strings(group: dist.ProcessGroup) -> Callable[[str], list[str]]:
+    """Gather one string of each rank as bytes: torch's object collectives unpickle what a peer sends."""
+    device = torch.device("cpu" if groups.backend(group, "cpu") else "cuda")
+
     def exchange(own: str) -> list[str]:
-        everyone: list[str] = [""] * group.size()
-        dist.all_gather_object(everyone, own, group=group)
-        return everyone
+        mine = torch.frombuffer(bytearray(f"{own}\n".encode()), dtype=torch.uint8).to(device)
+        size = torch.tensor([mine.numel()], device=device)
+        sizes = [torch.zeros_like(size) for _ in range(group.size())]
+        dist.all_gather(sizes, size, group=group)
+        padded = torch.zeros(max(int(one) for one in sizes), dtype=torch.uint8, device=device)
+        padded[: mine.numel()] = mine
+        parts = [torch.empty_like(padded) for _ in sizes]
+        dist.all_gather(parts, padded, group=group)
+        texts = (part[: int(one) - 1].cpu() for part, one in zip(parts, sizes, strict=True))
+        return [text.numpy().tobytes().decode() for text in texts]
 
     return exchange
 

@@ -47,6 +47,17 @@ class _GroupExchange(Exchange):
         self._arriving: dict[Expect, dist.Work] = {}
         self._leaving: list[tuple[int, Send, dist.Work]] = []
 
+    def describe(self, step: int, chunk: int, peer: int) -> str:
+        """As in the base class, with the numbers that ranks have in the whole run.
+
+        Those of a group repeat in every group, and over a network the peer is on another host.
+        """
+        ranks = dist.get_process_group_ranks(self.transport.group)
+        return (
+            f"rank {ranks[self.transport.rank]}: {self.site or 'unnamed site'}: {self.schedule.op} "
+            f"step {step} of {len(self.schedule.steps)}, chunk {chunk}, peer rank {ranks[peer]}"
+        )
+
     def _transfer(self, step: int, sends: Mapping[Send, Tensor], expects: Mapping[Expect, Tensor]) -> None:
         # Both sides know that an empty chunk is empty, so there is nothing to say about it.
         leaving = [send for send, payload in sends.items() if payload.numel()]
