@@ -20,17 +20,14 @@ Every op takes the process group by name, for torch.compile; ``site`` names the 
 errors. ``rows`` is M where M is not W times the local rows.
 """
 
-from contextlib import ExitStack
-
 import torch
 from torch import Tensor
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from flashtrain.comm import bulk, chunked, groups, transport
+from flashtrain.comm import bulk, chunked, gradients, groups
 from flashtrain.comm.products import gather_way, plan_of, rows_per_rank, scatter_way
 from flashtrain.comm.schedule import split_rows
-from flashtrain.comm.transport.base import clock
 
 _TAGS = (torch.Tag.needs_fixed_stride_order,)
 
@@ -172,7 +169,6 @@ def _registered_scatter(x: Tensor, w_shard: Tensor, group: str, site: str = "") 
     return _matmul_reduce_scatter(x, w_shard, group, site)
 
 
-@torch.library.custom_op("flashtrain::column_gradients", mutates_args=(), tags=_TAGS)
 def column_gradients(
     dy: Tensor, x: Tensor, w_shard: Tensor, group: str, site: str = "", gathered: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -182,31 +178,10 @@ def column_gradients(
     gather runs under the product for dx, its scatter under the product for dw. Raises UserError if the
     shard does not fit M, TransportError if a peer fails.
     """
-    started, mover = clock(), transport.of(group, dy.device)
-    scatter = plan_of("reduce_scatter", split_rows(dy.shape[0], groups.resolve(group).size()), group)
-    if scatter.kind == "ring":
-        # What passes from rank to rank cannot all leave at once.
-        x = x if gathered else all_gather(x, group, site, dy.shape[0])
-        return matmul_reduce_scatter(dy, w_shard.t(), group, site), torch.mm(dy.t(), x)
-    with ExitStack() as under_way:
-        wait = lambda: x  # noqa: E731
-        if not gathered:
-            gather = plan_of("all_gather", rows_per_rank(x, group, dy.shape[0]), group)
-            wait = under_way.enter_context(bulk.gathering(gather, x, group, site))
-        computing = clock()
-        partials = dy.new_empty(dy.shape[0], w_shard.shape[1])
-        chunked.product(dy, w_shard.t(), partials)
-        computed = clock() - computing
-        total = under_way.enter_context(bulk.scattering(scatter, partials, group, site))
-        x_full, computing = wait(), clock()
-        dw = torch.mm(dy.t(), x_full)
-        mover.traffic.computing += computed + clock() - computing
-        dx_shard = total()
-    mover.traffic.operating += clock() - started
-    return dx_shard, dw
+    compute = _registered_column if _watched(dy, x, w_shard) else gradients.column
+    return compute(dy, x, w_shard, group, site, gathered)
 
 
-@torch.library.custom_op("flashtrain::row_gradients", mutates_args=(), tags=_TAGS)
 def row_gradients(
     dy_shard: Tensor, x: Tensor, w_shard: Tensor, group: str, site: str = ""
 ) -> tuple[Tensor, Tensor]:
@@ -215,13 +190,22 @@ def row_gradients(
     ``dy_shard [M/W, N]``, ``x [M, K]``, ``w_shard [N, K]``; gathered once for both. Raises UserError if the
     shard does not fit M, TransportError if a peer fails.
     """
-    dw = torch.empty_like(w_shard)
+    compute = _registered_row if _watched(dy_shard, x, w_shard) else gradients.row
+    return compute(dy_shard, x, w_shard, group, site)
 
-    def landed(dy: Tensor, _: bool) -> None:
-        torch.mm(dy.t(), x, out=dw)
 
-    way = gather_way(dy_shard, w_shard.t(), group, x.shape[0], site)
-    return way(dy_shard, w_shard.t(), site, landed), dw
+@torch.library.custom_op("flashtrain::column_gradients", mutates_args=(), tags=_TAGS)
+def _registered_column(
+    dy: Tensor, x: Tensor, w_shard: Tensor, group: str, site: str = "", gathered: bool = False
+) -> tuple[Tensor, Tensor]:
+    return gradients.column(dy, x, w_shard, group, site, gathered)
+
+
+@torch.library.custom_op("flashtrain::row_gradients", mutates_args=(), tags=_TAGS)
+def _registered_row(
+    dy_shard: Tensor, x: Tensor, w_shard: Tensor, group: str, site: str = ""
+) -> tuple[Tensor, Tensor]:
+    return gradients.row(dy_shard, x, w_shard, group, site)
 
 
 # Fakes: what torch.compile, meta tensors and opcheck see. Shapes are those of the real ops.
@@ -257,7 +241,7 @@ def _(x: Tensor, w_shard: Tensor, group: str, site: str = "") -> Tensor:
     return x.new_empty(_own_rows(x, group), w_shard.shape[0])
 
 
-@column_gradients.register_fake
+@_registered_column.register_fake
 def _(
     dy: Tensor, x: Tensor, w_shard: Tensor, group: str, site: str = "", gathered: bool = False
 ) -> tuple[Tensor, Tensor]:
@@ -265,7 +249,7 @@ def _(
     return dy.new_empty(own, w_shard.shape[1]), w_shard.new_empty(w_shard.shape)
 
 
-@row_gradients.register_fake
+@_registered_row.register_fake
 def _(dy_shard: Tensor, x: Tensor, w_shard: Tensor, group: str, site: str = "") -> tuple[Tensor, Tensor]:
     return x.new_empty(x.shape), w_shard.new_empty(w_shard.shape)
 

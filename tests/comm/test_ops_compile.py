@@ -53,9 +53,9 @@ def samples(rank: int, world: int, group: str) -> list[tuple[Any, tuple[Any, ...
         (ops._registered_gather, (normal(4, 6), normal(5, 6), group, "site", None, True)),
         (ops._registered_gather, (normal(mine, 6), normal(5, 6), group, "site", rows, False, False)),
         (ops._registered_scatter, (normal(rows, 6), normal(5, 6), group, "site")),
-        (ops.column_gradients, (plain(rows, 4), plain(mine, 6), plain(4, 6), group)),
-        (ops.column_gradients, (plain(rows, 4), plain(rows, 6), plain(4, 6), group, "site", True)),
-        (ops.row_gradients, (plain(mine, 4), plain(rows, 6), plain(4, 6), group)),
+        (ops._registered_column, (plain(rows, 4), plain(mine, 6), plain(4, 6), group)),
+        (ops._registered_column, (plain(rows, 4), plain(rows, 6), plain(4, 6), group, "site", True)),
+        (ops._registered_row, (plain(mine, 4), plain(rows, 6), plain(4, 6), group)),
     ]
 
 

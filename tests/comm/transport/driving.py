@@ -10,6 +10,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
+from flashtrain.comm import transport
 from flashtrain.comm.schedule import Compute, Expect, Schedule, Send, Transfer, Wait
 from flashtrain.comm.transport.base import Exchange
 from flashtrain.comm.transport.host import HostTransport
@@ -17,9 +18,7 @@ from tests.distributed import _context
 
 
 def gather_strings(text: str) -> list[str]:
-    texts: list[Any] = [None] * dist.get_world_size()
-    dist.all_gather_object(texts, text)
-    return texts
+    return transport.exchange_of(dist.group.WORLD.group_name)(text)
 
 
 def connect(rank: int, world: int, timeout: float = 30.0, **options: Any) -> HostTransport:
