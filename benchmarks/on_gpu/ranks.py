@@ -57,8 +57,7 @@ class Ranks:
 
     def complaint(self, problem: str) -> str:
         """The first rank's ``problem``, with its number; nothing if no rank has one."""
-        everyone: list[str] = [""] * self.world
-        dist.all_gather_object(everyone, problem)
+        everyone = transport.exchange_of(dist.group.WORLD.group_name)(problem)
         return next((f"rank {rank}: {text}" for rank, text in enumerate(everyone) if text), "")
 
 

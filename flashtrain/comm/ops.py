@@ -22,6 +22,7 @@ errors. ``rows`` is M where M is not W times the local rows.
 
 import torch
 from torch import Tensor
+from torch.autograd import profiler
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -118,12 +119,13 @@ def matmul_reduce_scatter(x: Tensor, w_shard: Tensor, group: str, site: str = ""
 
 
 def _watched(*operands: Tensor) -> bool:
-    """Whether anything but autograd wants to see the operator: compilers, tracers, modes, subclasses.
+    """Whether anything but autograd wants to see the operator: compilers, profilers, modes, subclasses.
 
     The dispatcher costs as much host time as all of a small product's launches together.
     """
     return (
         torch.compiler.is_compiling()
+        or profiler._is_profiler_enabled
         or _get_current_dispatch_mode() is not None
         or torch._C._functorch.peek_interpreter_stack() is not None
         or any(type(operand) not in (Tensor, Parameter) or operand.is_meta for operand in operands)

@@ -24,8 +24,9 @@ def save_source(folder: Path) -> Path:
 def tokenizer() -> PreTrainedTokenizerFast:
     trained = Tokenizer(models.BPE())
     trained.pre_tokenizer = pre_tokenizers.ByteLevel()
-    trained.train_from_iterator(["some words and some more words"] * 3, trainers.BpeTrainer(vocab_size=64))
-    return PreTrainedTokenizerFast(tokenizer_object=trained)
+    trainer = trainers.BpeTrainer(vocab_size=64, special_tokens=["</s>"])
+    trained.train_from_iterator(["some words and some more words"] * 3, trainer)
+    return PreTrainedTokenizerFast(tokenizer_object=trained, eos_token="</s>")
 
 
 def command(*words: object) -> int:
