@@ -101,10 +101,10 @@ def test_every_rank_traces_the_chosen_steps(first: Watched) -> None:
     assert sorted(path.name for path in (first.out / "profile").iterdir()) == names
     for name in names:
         events = json.loads(gzip.decompress((first.out / "profile" / name).read_bytes()))["traceEvents"]
-        passes = sum(event.get("name") == "flashtrain::matmul_reduce_scatter" for event in events)
-        expected = 2 if "9" not in name else 1
-        # Two row-parallel layers in each of two blocks, and the backward of their column-parallel ones.
-        assert passes == expected * (4 + 5), name
+        steps = 2 if "9" not in name else 1
+        # Two row-parallel layers in each of two blocks; two column-parallel ones in each, and the head.
+        for op, layers in (("matmul_reduce_scatter", 4), ("column_gradients", 5)):
+            assert sum(event.get("name") == f"flashtrain::{op}" for event in events) == steps * layers, name
 
 
 def test_what_needs_a_gpu_says_once_that_there_is_none(first: Watched) -> None:
