@@ -14,18 +14,6 @@ from typing import Any
 import flashtrain
 
 TORCH_AT_LEAST = (2, 11)
-REQUIRED = (
-    "numpy",
-    "rich",
-    "tyro",
-    "tomli-w",
-    "safetensors",
-    "fsspec",
-    "tensorboard",
-    "matplotlib",
-    "jinja2",
-    "packaging",
-)
 OPTIONAL = ("pybind11", "cmake", "ninja", "wandb", "prometheus-client", "nvidia-ml-py")
 # What is set of these changes how ranks compute or talk.
 VARIABLES = re.compile(
@@ -84,7 +72,7 @@ def examine() -> dict[str, Any]:
         "peer_access": peer_access(len(gpus)),
         "peer_gigabytes_per_s": peer_bandwidth(len(gpus)),
         "transports": transports(extension["reason"], peer_access(len(gpus)), len(gpus)),
-        "packages": {name: _version(name) for name in REQUIRED + OPTIONAL},
+        "packages": {name: _version(name) for name in (*required(), *OPTIONAL)},
         "environment": {k: v for k, v in sorted(os.environ.items()) if VARIABLES.match(k)},
     }
     facts["problems"] = _problems(facts)
@@ -195,7 +183,9 @@ def _problems(facts: Mapping[str, Any]) -> list[str]:
         problems.append(f"torch {torch.__version__} is too old: install 2.11 or newer")
     if not torch.distributed.is_available():
         problems.append("this torch is built without torch.distributed: install another build")
-    problems += [f"package {name} is missing: pip install {name}" for name in REQUIRED if not _version(name)]
+    problems += [
+        f"package {name} is missing: pip install {name}" for name in required() if not _version(name)
+    ]
     return problems
 
 
@@ -221,6 +211,16 @@ def _version_or_reason(module: str) -> dict[str, str | None]:
     except Exception as error:
         # A broken installation of an optional package may raise anything; its words are the finding.
         return {"version": None, "reason": (str(error).splitlines() or [type(error).__name__])[0]}
+
+
+def required() -> list[str]:
+    """The packages that flashtrain was installed with; none where it runs from its sources, not installed."""
+    try:
+        wanted = metadata.requires("flashtrain") or []
+    except metadata.PackageNotFoundError:
+        return []
+    names = [re.split(r"[^\w.-]", line, maxsplit=1)[0] for line in wanted if "extra ==" not in line]
+    return sorted(name for name in names if name != "torch")
 
 
 def _version(package: str) -> str | None:

@@ -60,11 +60,17 @@ def test_transports_with_extension_and_gpus() -> None:
     assert "NCCL" in chosen["several hosts"]["why"]
 
 
+def test_required_packages_are_those_of_the_installation(monkeypatch: pytest.MonkeyPatch) -> None:
+    listed = ["numpy", "tomli-w>=1.0", "torch>=2.11", 'triton>=3.6; extra == "dev"']
+    monkeypatch.setattr(doctor.metadata, "requires", lambda name: listed)
+    assert doctor.required() == ["numpy", "tomli-w"]
+
+
 def test_problems_end_with_code_one(
     monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(torch, "__version__", "2.4.1+cu124")
-    monkeypatch.setattr(doctor, "REQUIRED", ("tyro", "no-such-package"))
+    monkeypatch.setattr(doctor, "required", lambda: ["tyro", "no-such-package"])
     assert main.main(["doctor"]) == 1
     shown = capsys.readouterr().out
     assert "problem: torch 2.4.1+cu124 is too old: install 2.11 or newer" in shown
