@@ -4,6 +4,7 @@ Made of Linux namespaces by unshare and nsenter (util-linux) and pyroute2; a use
 inside a user namespace, where the kernel allows that.
 """
 
+import contextlib
 import os
 import subprocess
 import sys
@@ -76,10 +77,10 @@ class Hosts:
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None:
         for holder in self._holders:
-            for process in (
-                psutil.Process(holder.pid).children(recursive=True) if holder.poll() is None else []
-            ):
-                process.kill()
+            for process in _below(holder):
+                # Killing the first process of a namespace kills all the others in it.
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    process.kill()
             holder.kill()
             holder.wait()
 
@@ -108,9 +109,10 @@ class Hosts:
         while time.monotonic() < deadline:
             if holder.poll() is not None:
                 raise NamespacesForbidden(holder.stderr.read().strip() if holder.stderr else "")
-            for child in psutil.Process(holder.pid).children(recursive=True):
-                if child.name() == "sleep":
-                    return child.pid
+            for child in _below(holder):
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    if child.name() == "sleep":
+                        return child.pid
             time.sleep(0.02)
         raise AssertionError("the namespaces did not come up")
 
@@ -124,3 +126,11 @@ class Hosts:
             capture_output=True, text=True, timeout=60, cwd=Path("/"),
         )  # fmt: skip
         assert done.returncode == 0, done.stderr
+
+
+def _below(process: subprocess.Popen[Any]) -> list[psutil.Process]:
+    """The processes that ``process`` and those below it have started."""
+    try:
+        return psutil.Process(process.pid).children(recursive=True) if process.poll() is None else []
+    except psutil.NoSuchProcess:
+        return []
