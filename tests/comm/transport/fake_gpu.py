@@ -256,7 +256,7 @@ class Fused:
             "landing_bytes": self.messages.rows * 12, "columns": core.flag_columns,
         }  # fmt: skip
         pointers = {"source": 0, "leaving": 0, "seen": 0, "signals": transport.signals,
-                    "flags": transport.flags, "stop": transport.stop_word}  # fmt: skip
+                    "flags": 0, "stop": transport.stop_word}  # fmt: skip
         self.launch = core.Launch(
             core.Kernel(driver(), b"", "relay", 0, 32),
             [
@@ -271,7 +271,7 @@ class Fused:
         self.product = core.FusedProduct(
             program=self.messages.program, launch=self.launch, blocks=1,
             values=[0, *pointers.values(), *numbers.values()], places=[[1], [2], [3]],
-            landing=[0], epoch=[7], source=1, early=schedule.gathers,
+            landing=[0], flags=[5], epoch=[7], source=1, early=schedule.gathers,
             offsets=[12 * (schedule.chunks[send.chunk].offset - first) for send in self.messages.sends],
         )  # fmt: skip
 
