@@ -52,9 +52,16 @@ void CopyEngine::meet(const std::string& site) {
   together(std::move(words));
 }
 
-// The captured operation is over, its pushes too: what was up goes down, for the next that uses these columns.
-void CopyEngine::lower_flags() {
+// The pushes of the captured operation are over. When all has arrived, what is up goes down, for the next operation
+// that uses these columns.
+void CopyEngine::wait_and_lower() {
   std::vector<WordOperation> words;
+  for (uint32_t arrival = 0; arrival < awaited_.size(); ++arrival) {
+    if (awaited_[arrival]) continue;
+    const Message& message = flight_->program->arrivals[arrival];
+    words.push_back({kWaitForWord, host_.flag(rank_, message.peer, message.column + flight_->shift), flight_->up,
+                     wait_flags_});
+  }
   for (const Message& message : flight_->program->arrivals) {
     for (const FlagTable* table : {&device_, &host_}) {
       if (table == &device_ && !device_flags_) continue;

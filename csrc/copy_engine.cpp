@@ -190,9 +190,11 @@ uint32_t CopyEngine::start(const FusedProduct& product, const std::string& site,
     if (product.early) push_early(all, sources);
     product.launch->start(product.blocks, stream_, values);
     if (!product.early) push_signalled(all, sources);
-    // The kernel waits for rows alone, but what an empty chunk says must have been heard as well.
+    // The kernel waits for rows alone, but what an empty chunk says must have been heard as well. A captured
+    // operation waits for the flags in the host table, which are raised last: one that was lowered too early would
+    // stay up.
     for (uint32_t arrival = 0; arrival < awaited_.size(); ++arrival) {
-      awaited_[arrival] = product.program->arrivals[arrival].bytes != 0;
+      awaited_[arrival] = product.program->arrivals[arrival].bytes != 0 && !captured_;
     }
   } catch (...) {
     abort("an exception broke it off");
@@ -217,9 +219,11 @@ void CopyEngine::close() {
   if (std::find(pushed_.begin(), pushed_.end(), false) != pushed_.end()) {
     throw std::logic_error("an operation ends before all its chunks were pushed");
   }
-  for (uint32_t arrival = 0; arrival < awaited_.size(); ++arrival) wait(arrival);
+  if (!captured_) {
+    for (uint32_t arrival = 0; arrival < awaited_.size(); ++arrival) wait(arrival);
+  }
   order(stream_, copied_, copies_);
-  if (captured_) lower_flags();
+  if (captured_) wait_and_lower();
   driver_.check(driver_.event_record(done_, stream_), "cuEventRecord");
   flight_.reset();
 }

@@ -105,7 +105,7 @@ class CopyEngine {
   void push(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources, After after);
   bool follows(StreamHandle stream);
   void meet(const std::string& site);
-  void lower_flags();
+  void wait_and_lower();
   void together(std::vector<WordOperation> operations);
   void refresh_flags();
   void order(StreamHandle later, EventHandle event, StreamHandle earlier);

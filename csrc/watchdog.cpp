@@ -114,7 +114,7 @@ std::shared_ptr<Flight> Watchdog::replayed() {
   const uint32_t ticket = load(table_.under_way(rank_));
   auto* const word = reinterpret_cast<uint32_t*>(static_cast<uintptr_t>(table_.ended(rank_)));
   const bool ended = __atomic_exchange_n(word, 0, __ATOMIC_ACQ_REL) != 0;
-  const std::shared_ptr<Flight> flight = ticket == 0 ? nullptr : captured_.at(ticket - 1);
+  const std::shared_ptr<Flight> flight = ticket == 0 || ticket > captured_.size() ? nullptr : captured_[ticket - 1];
   // The same operation again is another one if any has ended meanwhile.
   if (flight && (ended || flight != seen_)) flight->noticed = 0;
   seen_ = flight;

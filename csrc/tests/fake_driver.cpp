@@ -219,15 +219,16 @@ struct FakeKernel {
 };
 
 // What a fused product does to memory: copies its source to where chunks leave from and signals each, waits for
-// one chunk (or `subchunks`) of every peer, and copies what has landed.
+// one chunk (or `subchunks`) of every peer that is not in the bits of `silent`, and copies what has landed.
 void relay(const std::vector<uint64_t>& parameters) {
   enum { kLanding, kSource = 5, kLeaving, kSeen, kSignals, kFlags, kStop, kEpoch, kRank, kWorld, kSubchunks, kSends,
-         kLeavingBytes, kLandingBytes, kColumns };
+         kLeavingBytes, kLandingBytes, kColumns, kSilent };
   const auto& p = parameters;
   const auto number = [&](size_t index) { return static_cast<uint32_t>(p[index]); };
   copy_words(p[kLeaving], p[kSource], number(kLeavingBytes));
   for (uint32_t send = 0; send < number(kSends); ++send) store(p[kSignals] + 4 * send, number(kEpoch));
   for (uint32_t peer = 0; peer < number(kWorld); ++peer) {
+    if ((number(kSilent) >> peer & 1) != 0) continue;
     for (uint32_t sub = 0; sub < number(kSubchunks); ++sub) {
       const uint64_t flag = p[kFlags] + 4 * (uint64_t{peer} * number(kColumns) + sub);
       while (peer != number(kRank) && static_cast<int32_t>(load(flag) - number(kEpoch)) < 0 && load(p[kStop]) == 0) pause();
@@ -241,7 +242,7 @@ int module_load(void** module, const void*) {
   return 0;
 }
 int module_get_function(void** function, void*, const char* name) {
-  static FakeKernel kernel{{128, 4, 4, 8, 8, 8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4, 4, 4, 4, 8, 8}, relay};
+  static FakeKernel kernel{{128, 4, 4, 8, 8, 8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4, 4, 4, 4, 4, 8, 8}, relay};
   *function = &kernel;
   return std::string(name) == "relay" ? 0 : kNotFound;
 }
@@ -343,6 +344,12 @@ __attribute__((visibility("default"))) void fake_await(void* stream, uint64_t ad
 }
 __attribute__((visibility("default"))) void fake_sleep(void* stream, uint32_t microseconds) {
   stream_of(stream).add([=] { std::this_thread::sleep_for(std::chrono::microseconds(microseconds)); });
+}
+__attribute__((visibility("default"))) void fake_follow(void* stream, void* earlier) {
+  void* event = nullptr;
+  event_create(&event, 0);
+  event_record(event, earlier);
+  stream_wait_event(stream, event, 0);
 }
 __attribute__((visibility("default"))) void fake_synchronize(void* stream) {
   while (!stream_of(stream).idle()) pause();

@@ -176,7 +176,7 @@ def test_a_launch_refuses_what_the_kernel_does_not_take() -> None:
             core.Kernel(fake_gpu.driver(), b"", "another", 0, 32)
         operation = Fused(transport, stream, all_gather((64,), 0))
         with pytest.raises(ValueError, match="landing starts at an address that is no multiple of 16 bytes"):
-            operation.launch.start(1, stream.handle, [8] * 15)
+            operation.launch.start(1, stream.handle, [8] * 16)
         with pytest.raises(ValueError, match="one value a parameter"):
             operation.launch.start(1, stream.handle, [16])
 
