@@ -1,6 +1,7 @@
 // A CUDA driver made of threads, to run the copy engine without a GPU. Device memory is host memory; a stream
 // is a thread that works off a queue. As on a device, only streams, events and flags order anything, and
-// fake_delay() makes every entry of a queue late by a random time. What a stream in capture is given becomes part
+// fake_delay() makes every entry of a queue late by a random time, longer on streams that the driver was asked for
+// (those of the copy engine), and kernels as long between what they wait for and what they read. What a stream in capture is given becomes part
 // of a graph instead, to be run by fake_replay().
 #include <atomic>
 #include <chrono>
@@ -20,7 +21,12 @@
 namespace {
 
 constexpr int kInvalidValue = 1, kNotFound = 500, kOtherCapture = 907;
-std::atomic<uint32_t> longest_delay{0};
+std::atomic<uint32_t> longest_delay{0}, slowness{1};
+
+void be_late(std::mt19937& random, uint32_t times) {
+  const uint32_t limit = longest_delay * times;
+  if (limit != 0) std::this_thread::sleep_for(std::chrono::microseconds(random() % limit));
+}
 
 using Reached = std::vector<std::atomic<bool>>;  // of one replay: what its streams have come to
 
@@ -44,6 +50,7 @@ class Stream {
  public:
   Stream() { std::thread([this] { work(); }).detach(); }
   Graph* graph = nullptr;  // of the capture in which this is
+  bool copies = false;
   void add(std::function<void()> entry) {
     if (graph != nullptr) {
       graph->entries[this].push_back([entry = std::move(entry)](Reached&) { entry(); });
@@ -67,8 +74,7 @@ class Stream {
         entry = std::move(entries_.front());
         entries_.pop_front();
       }
-      const uint32_t limit = longest_delay;
-      if (limit != 0) std::this_thread::sleep_for(std::chrono::microseconds(random() % limit));
+      be_late(random, copies ? slowness.load() : 1);
       entry();
       ++done_;
     }
@@ -119,7 +125,9 @@ int context_get_priorities(int* least, int* greatest) {
   return 0;
 }
 int stream_create(void** stream, unsigned, int) {
-  *stream = new Stream;
+  auto* made = new Stream;
+  made->copies = true;
+  *stream = made;
   return 0;
 }
 int stream_destroy(void*) { return 0; }  // its queue is still worked off
@@ -234,6 +242,8 @@ void relay(const std::vector<uint64_t>& parameters) {
       while (peer != number(kRank) && static_cast<int32_t>(load(flag) - number(kEpoch)) < 0 && load(p[kStop]) == 0) pause();
     }
   }
+  thread_local std::mt19937 random(number(kRank));
+  if (random() % 4 == 0) be_late(random, slowness);
   copy_words(p[kSeen], p[kLanding], number(kLandingBytes));
 }
 
@@ -365,7 +375,9 @@ __attribute__((visibility("default"))) void* fake_end_capture(void* stream) {
   for (const auto& [one, entries] : graph->entries) {
     stream_of(one).graph = nullptr;
     if (one == stream) continue;
-    graph->streams[one] = new Stream;
+    auto* branch = new Stream;
+    branch->copies = stream_of(one).copies;
+    graph->streams[one] = branch;
     whole = whole && graph->joined[one] == entries.size();
   }
   stream_of(stream).graph = nullptr;
@@ -382,5 +394,8 @@ __attribute__((visibility("default"))) void fake_replay(void* handle, void* stre
     }
   }
 }
-__attribute__((visibility("default"))) void fake_delay(uint32_t microseconds) { longest_delay = microseconds; }
+__attribute__((visibility("default"))) void fake_delay(uint32_t microseconds, uint32_t times) {
+  longest_delay = microseconds;
+  slowness = times;
+}
 }

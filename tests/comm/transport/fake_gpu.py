@@ -65,9 +65,12 @@ def _library() -> Any:
 _mapped: list[Any] = []
 
 
-def delay(microseconds: int) -> None:
-    """Let every entry of every stream begin late by a random time up to ``microseconds``."""
-    _library().fake_delay(microseconds)
+def delay(microseconds: int, slowness: int = 1) -> None:
+    """Let every entry of every stream begin late by a random time up to ``microseconds``.
+
+    On the streams of copy engines, and in some kernels, by up to ``slowness`` times as much.
+    """
+    _library().fake_delay(microseconds, slowness)
 
 
 class Stream:

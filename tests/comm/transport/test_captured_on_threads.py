@@ -58,6 +58,7 @@ def _capture(stream: Stream, operations: list[Fused]) -> Graph:
 @pytest.mark.parametrize(("world", "counts"), [(2, (1, 1)), (3, (1, 2)), (3, (3, 4)), (4, (5, 3))])
 def test_replays_of_two_graphs_and_other_operations_in_turn(world: int, counts: tuple[int, int]) -> None:
     """Fresh data each time, ranks late at random, one without rows; the host never waits."""
+    fake_gpu.delay(20, slowness=30)
     rows = tuple(0 if rank == 1 else 40 + rank for rank in range(world))
 
     def main(rank: int, ranks: Ranks) -> None:
@@ -113,6 +114,31 @@ def test_every_schedule_can_be_replayed(world: int) -> None:
         eager.check()
 
     Ranks(world).run(main)
+
+
+def test_a_flag_in_the_host_table_that_is_raised_late_goes_down_as_well() -> None:
+    """A kernel waits for flags of the device; the next that uses the same columns waits for the others."""
+    fake_gpu.delay(3, slowness=300)
+
+    def main(rank: int, ranks: Ranks) -> None:
+        stream = Stream()
+        _, captured = _connect(rank, ranks, stream)
+        fused = _fused(rank, captured, stream, (8, 8), 2)
+        with stream.capture() as graph:
+            for operation in fused:
+                operation.record("fused")
+            others = [Operation(captured, stream, all_gather((8, 8), rank), salt) for salt in range(2)]
+        checks = []
+        for salt in range(1, 12):
+            for operation in (*fused, *others):
+                operation.feed(salt)
+            stream.replay(graph)
+            checks += [operation.after() for operation in (*fused, *others)]
+        stream.synchronize()
+        for check in checks:
+            check()
+
+    Ranks(2).run(main)
 
 
 def test_a_capture_may_go_on_upon_another_stream() -> None:
@@ -214,7 +240,7 @@ def test_a_peer_that_stops_is_named_and_later_replays_end(within: bool) -> None:
         began = time.monotonic()
         if rank == 1 and not within:
             time.sleep(1.0)
-        for _ in range(20):
+        for _ in range(100):
             stream.replay(graph)
         if rank == 1 and within:
             time.sleep(1.0)
