@@ -75,8 +75,8 @@ def test_replays_of_two_graphs_and_other_operations_in_turn(world: int, counts: 
             if which == 2:
                 checks.append(choice.choice(outside).start(salt))
                 continue
-            for operation in operations[which]:
-                operation.feed(salt)
+            for number, operation in enumerate(operations[which]):
+                operation.feed(10 * salt + number)
             stream.replay(graphs[which])
             checks += [operation.after() for operation in operations[which]]
         stream.synchronize()
@@ -104,8 +104,8 @@ def test_every_schedule_can_be_replayed(world: int) -> None:
         for salt in range(1, 8):
             if delays.random() < 0.3:
                 stream.sleep(delays.randrange(5000))
-            for operation in operations:
-                operation.feed(salt)
+            for number, operation in enumerate(operations):
+                operation.feed(10 * salt + number)
             stream.replay(graph)
             checks += [operation.after() for operation in operations]
         stream.synchronize()
@@ -130,8 +130,8 @@ def test_a_flag_in_the_host_table_that_is_raised_late_goes_down_as_well() -> Non
             others = [Operation(captured, stream, all_gather((8, 8), rank), salt) for salt in range(2)]
         checks = []
         for salt in range(1, 12):
-            for operation in (*fused, *others):
-                operation.feed(salt)
+            for number, operation in enumerate((*fused, *others)):
+                operation.feed(10 * salt + number)
             stream.replay(graph)
             checks += [operation.after() for operation in (*fused, *others)]
         stream.synchronize()
@@ -157,9 +157,9 @@ def test_a_capture_may_go_on_upon_another_stream() -> None:
             streams[0].follow(streams[1])
         checks = []
         for salt in range(1, 30):
-            for operation in (first, second, third):
+            for number, operation in enumerate((first, second, third)):
                 operation.stream = streams[0]
-                operation.feed(salt)
+                operation.feed(10 * salt + number)
             streams[0].replay(graph)
             checks += [operation.after() for operation in (first, second, third)]
         streams[0].synchronize()
@@ -239,14 +239,16 @@ def test_a_peer_that_stops_is_named_and_later_replays_end(within: bool) -> None:
         ranks.exchange(rank, "")
         began = time.monotonic()
         if rank == 1 and not within:
-            time.sleep(1.0)
-        for _ in range(100):
+            ranks.exchange(rank, "the others have come to an end")
+        for _ in range(300):
             stream.replay(graph)
         if rank == 1 and within:
-            time.sleep(1.0)
+            ranks.exchange(rank, "the others have come to an end")
             word.fill_(1)
         stream.synchronize()  # returns
         took = time.monotonic() - began
+        if rank != 1:
+            ranks.exchange(rank, "")
         deadline = time.monotonic() + 5
         while time.monotonic() < deadline:
             try:
