@@ -48,9 +48,9 @@ struct Event {
 
 class Stream {
  public:
-  Stream() { std::thread([this] { work(); }).detach(); }
+  explicit Stream(bool slow = false) : copies(slow) { std::thread([this] { work(); }).detach(); }
   Graph* graph = nullptr;  // of the capture in which this is
-  bool copies = false;
+  const bool copies;
   void add(std::function<void()> entry) {
     if (graph != nullptr) {
       graph->entries[this].push_back([entry = std::move(entry)](Reached&) { entry(); });
@@ -125,9 +125,7 @@ int context_get_priorities(int* least, int* greatest) {
   return 0;
 }
 int stream_create(void** stream, unsigned, int) {
-  auto* made = new Stream;
-  made->copies = true;
-  *stream = made;
+  *stream = new Stream(true);
   return 0;
 }
 int stream_destroy(void*) { return 0; }  // its queue is still worked off
@@ -375,9 +373,7 @@ __attribute__((visibility("default"))) void* fake_end_capture(void* stream) {
   for (const auto& [one, entries] : graph->entries) {
     stream_of(one).graph = nullptr;
     if (one == stream) continue;
-    auto* branch = new Stream;
-    branch->copies = stream_of(one).copies;
-    graph->streams[one] = branch;
+    graph->streams[one] = new Stream(stream_of(one).copies);
     whole = whole && graph->joined[one] == entries.size();
   }
   stream_of(stream).graph = nullptr;

@@ -64,7 +64,7 @@ class _Fused:
         return x, w
 
     def on(self, mover: "NvlinkTransport", x: Tensor, w: Tensor) -> "_Fused":
-        """The same on another transport, for the same operands."""
+        """The same on another transport, for ``x [rows, K]`` and ``w [N, K]`` as those before."""
         again: Any = type(self)  # of which this is the base
         made: _Fused = again(mover, self.plan, x, w, self._kernel.config)
         return made

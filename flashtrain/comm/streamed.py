@@ -30,7 +30,7 @@ class StreamedGather:
         self._chunks = [(plan.rows_in(s.compute), arriving.get(s.compute)) for s in plan.steps]
 
     def on(self, mover: "NvlinkTransport", x_shard: Tensor, w: Tensor) -> "StreamedGather":
-        """The same on another transport, for the same operands."""
+        """The same on another transport, for ``x_shard [M/W, K]`` and ``w [N, K]`` as those before."""
         return StreamedGather(mover, self.plan, x_shard)
 
     def __call__(self, x_shard: Tensor, w: Tensor, site: str, landed: Landed | None = None) -> Tensor:

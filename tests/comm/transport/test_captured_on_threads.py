@@ -9,9 +9,10 @@ from typing import Any
 import pytest
 import torch
 
+from flashtrain.comm import products
 from flashtrain.comm import transport as transports
 from flashtrain.comm.schedule import Schedule, all_gather, all_to_all, reduce_scatter
-from flashtrain.comm.transport import nvlink
+from flashtrain.comm.transport import group, nvlink
 from flashtrain.comm.transport.nvlink import NvlinkTransport
 from flashtrain.errors import TransportError, UserError
 from tests.comm.transport import fake_gpu
@@ -199,11 +200,11 @@ def test_a_graph_that_runs_longer_than_the_time_out_has_not_failed() -> None:
 
     def main(rank: int, ranks: Ranks) -> None:
         stream = Stream()
-        eager, captured = _connect(rank, ranks, stream, timeout=0.3)
+        eager, captured = _connect(rank, ranks, stream, timeout=0.5)
         operation = Fused(captured, stream, reduce_scatter((40, 40), rank))
         with stream.capture() as graph:
             if rank == 1:
-                stream.sleep(20_000)
+                stream.sleep(25_000)
             operation.record("down")
         for _ in range(50):
             stream.replay(graph)
@@ -332,3 +333,43 @@ def test_while_a_graph_is_captured_its_transport_takes_the_place_of_the_other(
         assert captured._engine is None
 
     Ranks(1).run(main)
+
+
+def test_a_way_is_remembered_for_captured_operations_too() -> None:
+    class Way:
+        mover: Any = None
+
+        def on(self, mover: Any, x: Any, w: Any) -> "Way":
+            again = Way()
+            again.mover = mover
+            return again
+
+    def main(rank: int, ranks: Ranks) -> None:
+        eager, captured = _connect(rank, ranks, Stream())
+        bound, free = Way(), object()
+        operand = torch.zeros(1)
+        assert products._keep(eager, ("bound",), bound, operand, operand) is bound
+        assert products._keep(eager, ("free",), free, operand, operand) is free
+        assert captured.ways["bound",].mover is captured
+        assert captured.ways["free",] is free
+
+    Ranks(1).run(main)
+
+
+def test_torch_distributed_is_not_captured(monkeypatch: pytest.MonkeyPatch) -> None:
+    class Group:
+        def rank(self) -> int:
+            return 0
+
+        def size(self) -> int:
+            return 2
+
+    monkeypatch.setattr(group.groups, "backend", lambda *_: "nccl")
+    mover = group.GroupTransport(Group(), 1.0, "cuda")  # type: ignore[arg-type]
+    schedule = all_gather((8, 8), 0)
+    mover.open(schedule, "up")
+    monkeypatch.setattr(group, "capturing", lambda: True)
+    with pytest.raises(
+        UserError, match=r"^up cannot be captured .* talk through group over nccl, and only nvlink"
+    ):
+        mover.open(schedule, "up")
