@@ -17,9 +17,10 @@ void* handle(uint64_t address) { return reinterpret_cast<void*>(static_cast<uint
 }  // namespace
 
 CopyEngine::CopyEngine(const std::string& library, uint32_t rank, double timeout, uint32_t epoch,
-                       uint64_t host_tables, const std::vector<uint64_t>& device_tables)
+                       uint64_t host_tables, const std::vector<uint64_t>& device_tables, bool captured)
     : driver_(Driver::load(library)),
       rank_(rank),
+      captured_(captured),
       tables_(handle(host_tables)),
       host_(map(host_tables, static_cast<uint32_t>(device_tables.size())), static_cast<uint32_t>(device_tables.size())),
       device_(device_tables),
@@ -75,7 +76,8 @@ uint32_t CopyEngine::open(std::shared_ptr<const Program> program, const std::str
   if (landings_.empty()) throw std::logic_error("there are no landing buffers yet");
   for (const auto* messages : {&program->sends, &program->arrivals}) {
     for (const Message& message : *messages) {
-      if (message.peer >= host_.world() || message.peer == rank_ || message.column >= FlagTable::kColumns ||
+      if (message.peer >= host_.world() || message.peer == rank_ ||
+          message.column >= (captured_ ? FlagTable::kSetColumns : FlagTable::kColumns) ||
           message.offset + message.bytes > stride_) {
         throw std::invalid_argument("a message of " + program->op + " has no place in this transport");
       }
@@ -84,21 +86,28 @@ uint32_t CopyEngine::open(std::shared_ptr<const Program> program, const std::str
   if (program->sends.empty()) throw std::invalid_argument(program->op + " sends nothing: it needs no transport");
   // Backward passes run on another thread, where no context may be current yet.
   driver_.check(driver_.context_set_current(context_), "cuCtxSetCurrent");
-  int capturing = 0;
-  driver_.check(driver_.stream_is_capturing(handle(stream), &capturing), "cuStreamIsCapturing");
-  if (capturing != 0) throw std::logic_error("this transport cannot be captured in a CUDA graph");
-  if (!first_ && handle(stream) != stream_) {
+  const bool follows_another = follows(handle(stream));
+  if (follows_another && handle(stream) != stream_) {
     driver_.check(driver_.stream_wait_event(handle(stream), done_, 0), "cuStreamWaitEvent");
   }
-  driver_.check(driver_.event_record(begun_, handle(stream)), "cuEventRecord");
-  flight_ = watchdog_.add(epoch_ + 1, site, std::move(program));
   stream_ = handle(stream);
+  if (captured_) {
+    if (!follows_another) meet(site);
+    const uint32_t number = epoch_ + 1;
+    const auto flight = watchdog_.enroll(number, site, std::move(program), number % 2 * FlagTable::kSetColumns);
+    together({{kWriteWord, host_.under_way(rank_), flight->ticket, kWriteAfterEarlierWrites}});
+    driver_.check(driver_.event_record(begun_, stream_), "cuEventRecord");
+    flight_ = flight;
+  } else {
+    driver_.check(driver_.event_record(begun_, stream_), "cuEventRecord");
+    flight_ = watchdog_.add(epoch_ + 1, site, std::move(program));
+  }
   epoch_ = flight_->epoch;
   device_flags_ = device_flags;
-  first_ = behind_opening_ = false;
+  first_ = behind_opening_ = signalled_ = false;
   pushed_.assign(flight_->program->sends.size(), false);
   awaited_.assign(flight_->program->arrivals.size(), false);
-  if (epoch_ % kRefresh == 0) refresh_flags();
+  if (!captured_ && epoch_ % kRefresh == 0) refresh_flags();
   return epoch_;
 }
 
@@ -145,7 +154,8 @@ void CopyEngine::push(const std::vector<uint32_t>& which, const std::vector<uint
     if (pushed_[which[number]]) throw std::logic_error("a chunk is pushed twice");
     pushed_[which[number]] = true;
     if (after == After::kSignal) {
-      driver_.check(driver_.stream_wait_value(copies_, signal(which[number]), epoch_, kWaitUntilReached),
+      signalled_ = true;
+      driver_.check(driver_.stream_wait_value(copies_, signal(which[number]), flight_->up, kWaitUntilReached),
                     "cuStreamWaitValue32");
     }
     if (message.bytes != 0) {
@@ -154,8 +164,8 @@ void CopyEngine::push(const std::vector<uint32_t>& which, const std::vector<uint
     }
     for (const FlagTable* table : {&device_, &host_}) {
       if (table == &device_ && !device_flags_) continue;
-      driver_.check(driver_.stream_write_value(copies_, table->flag(message.peer, rank_, message.column), epoch_,
-                                               kWriteAfterEarlierWrites),
+      const uint64_t flag = table->flag(message.peer, rank_, message.column + flight_->shift);
+      driver_.check(driver_.stream_write_value(copies_, flag, flight_->up, kWriteAfterEarlierWrites),
                     "cuStreamWriteValue32");
     }
   }
@@ -171,7 +181,8 @@ uint32_t CopyEngine::start(const FusedProduct& product, const std::string& site,
       for (const uint32_t place : product.places[number]) values.at(place) = given[number];
     }
     for (const uint32_t place : product.landing) values.at(place) = landings_[rank_] + epoch_ % 2 * stride_;
-    for (const uint32_t place : product.epoch) values.at(place) = epoch_;
+    for (const uint32_t place : product.flags) values.at(place) = device_.flag(rank_, 0, flight_->shift);
+    for (const uint32_t place : product.epoch) values.at(place) = flight_->up;
     std::vector<uint32_t> all(product.program->sends.size());
     std::iota(all.begin(), all.end(), 0);
     std::vector<uint64_t> sources = product.offsets;
@@ -179,7 +190,12 @@ uint32_t CopyEngine::start(const FusedProduct& product, const std::string& site,
     if (product.early) push_early(all, sources);
     product.launch->start(product.blocks, stream_, values);
     if (!product.early) push_signalled(all, sources);
-    waited();
+    // The kernel waits for rows alone, but what an empty chunk says must have been heard as well. A captured
+    // operation waits for the flags in the host table, which are raised last: one that was lowered too early would
+    // stay up.
+    for (uint32_t arrival = 0; arrival < awaited_.size(); ++arrival) {
+      awaited_[arrival] = product.program->arrivals[arrival].bytes != 0 && !captured_;
+    }
   } catch (...) {
     abort("an exception broke it off");
     throw;
@@ -193,13 +209,8 @@ void CopyEngine::wait(uint32_t which) {
   if (awaited_.at(which)) return;
   awaited_[which] = true;
   const Message& message = flight_->program->arrivals[which];
-  driver_.check(driver_.stream_wait_value(stream_, host_.flag(rank_, message.peer, message.column), epoch_, wait_flags_),
-                "cuStreamWaitValue32");
-}
-
-void CopyEngine::waited() {
-  if (!flight_) throw std::logic_error("no operation is open");
-  awaited_.assign(awaited_.size(), true);
+  const uint64_t flag = host_.flag(rank_, message.peer, message.column + flight_->shift);
+  driver_.check(driver_.stream_wait_value(stream_, flag, flight_->up, wait_flags_), "cuStreamWaitValue32");
 }
 
 void CopyEngine::close() {
@@ -208,14 +219,23 @@ void CopyEngine::close() {
   if (std::find(pushed_.begin(), pushed_.end(), false) != pushed_.end()) {
     throw std::logic_error("an operation ends before all its chunks were pushed");
   }
-  for (uint32_t arrival = 0; arrival < awaited_.size(); ++arrival) wait(arrival);
+  if (!captured_) {
+    for (uint32_t arrival = 0; arrival < awaited_.size(); ++arrival) wait(arrival);
+  }
   order(stream_, copied_, copies_);
+  if (captured_) wait_and_lower();
   driver_.check(driver_.event_record(done_, stream_), "cuEventRecord");
   flight_.reset();
 }
 
 void CopyEngine::abort(const std::string& why) {
   if (!flight_) return;
+  if (captured_) {
+    // Nothing has run. The capture is lost, and the next operation begins another.
+    flight_.reset();
+    capture_ = 0;
+    return;
+  }
   // Whatever this says, what is under way must come to its end before the memory is used otherwise.
   driver_.event_record(copied_, copies_);
   driver_.stream_wait_event(stream_, copied_, 0);
@@ -227,7 +247,7 @@ void CopyEngine::abort(const std::string& why) {
 uint64_t CopyEngine::flag(uint32_t arrival) const {
   if (!flight_) throw std::logic_error("no operation is open");
   const Message& message = flight_->program->arrivals.at(arrival);
-  return device_.flag(rank_, message.peer, message.column);
+  return device_.flag(rank_, message.peer, message.column + flight_->shift);
 }
 
 uint64_t CopyEngine::signal(uint32_t send) const {

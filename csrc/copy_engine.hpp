@@ -21,7 +21,8 @@ struct FusedProduct {
   // Parameters that are the same in every call; the others are filled in from what the caller gives.
   std::vector<uint64_t> values;
   std::vector<std::vector<uint32_t>> places;  // of each address that the caller gives: the parameters that take it
-  std::vector<uint32_t> landing, epoch;       // parameters that take this rank's landing buffer, and the epoch
+  // Parameters that take this rank's landing buffer, its flags, and what they hold when they are up.
+  std::vector<uint32_t> landing, flags, epoch;
   // Sends are read from this one of the given addresses, each so many bytes from it.
   uint32_t source;
   std::vector<uint64_t> offsets;
@@ -44,13 +45,24 @@ struct FusedProduct {
 // Why what was pushed may be freed or written once close() was called. A push reads memory of the caller on the
 // copy stream, unknown to PyTorch's allocator. close() makes the stream that computes wait for the copy
 // stream; later work of the caller, and whoever gets the memory from the allocator of that stream, comes after.
+//
+// An engine for captured operations records them into the CUDA graph that is being captured. A replay does what was
+// recorded, so nothing in it can count epochs: flags go up to 1, and each rank lowers its own at the end of the
+// operation. Landing buffers and sets of flags take turns with the number of the operation in its capture, and the
+// first of a capture begins with a meeting, in which every rank raises a flag at all others and waits for theirs.
+// So between two epochs that use the same buffer there is always one in which each rank hears from all others: the
+// operation between them in their graph, or a meeting. That is all that the argument above needs, whatever graph
+// follows which. It holds for flags as well: a peer raises one again, for epoch k+2 at the earliest, after it heard
+// from this rank in k+1, hence after this rank lowered it. The meeting has a flag of its own, and an operation
+// between it and the next. Replays must follow one another on the device, in the same order on every rank.
 class CopyEngine {
  public:
   // `host_tables`: the ranks' host tables, one after the other, page-aligned memory that all ranks map;
   // `device_tables`: addresses of their device tables. Their flags hold `epoch`, their notices zero. The calling
-  // thread's context is used. Throws std::runtime_error if the driver lacks something.
+  // thread's context is used. `captured`: for captured operations, and `epoch` is 0. Throws std::runtime_error if
+  // the driver lacks something.
   CopyEngine(const std::string& library, uint32_t rank, double timeout, uint32_t epoch, uint64_t host_tables,
-             const std::vector<uint64_t>& device_tables);
+             const std::vector<uint64_t>& device_tables, bool captured);
   ~CopyEngine();
   CopyEngine(const CopyEngine&) = delete;
   CopyEngine& operator=(const CopyEngine&) = delete;
@@ -59,7 +71,7 @@ class CopyEngine {
   // No operation may be under way on any rank.
   void use_landings(std::vector<uint64_t> landings, uint64_t stride);
 
-  // Start an operation on `stream`; returns its epoch. With `device_flags` every rank must have them: its pushes
+  // Start an operation on `stream`; returns its epoch, or its number in the capture. With `device_flags` every rank must have them: its pushes
   // then also raise flags that kernels of the receiver may wait for. Throws std::logic_error if one is open.
   uint32_t open(std::shared_ptr<const Program> program, const std::string& site, uint64_t stream, bool device_flags);
   // Push sends number `which`, each from its source, once the stream has done what it now holds.
@@ -75,8 +87,6 @@ class CopyEngine {
                  const std::vector<uint64_t>& given);
   // Let the stream wait for arrival number `which`.
   void wait(uint32_t which);
-  // A kernel on the stream has waited for all arrivals.
-  void waited();
   // End the operation: the stream waits for arrivals that nobody waited for, and for the pushes.
   void close();
   // The open operation will not be finished: from here on everything throws, on the peers too.
@@ -88,12 +98,15 @@ class CopyEngine {
   uint64_t flag(uint32_t arrival) const;
   uint64_t signal(uint32_t send) const;
   uint64_t stop_word() const { return host_.notice(rank_, rank_); }
-  uint64_t flags() const { return device_.flag(rank_, 0, 0); }    // [world][kColumns], of arrivals
   uint64_t signals() const { return host_.flag(rank_, rank_, 0); }  // one a send
 
  private:
   enum class After { kStream, kOpening, kSignal };
   void push(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources, After after);
+  bool follows(StreamHandle stream);
+  void meet(const std::string& site);
+  void wait_and_lower();
+  void together(std::vector<WordOperation> operations);
   void refresh_flags();
   void order(StreamHandle later, EventHandle event, StreamHandle earlier);
 
@@ -101,6 +114,7 @@ class CopyEngine {
 
   const Driver& driver_;
   const uint32_t rank_;
+  const bool captured_;
   void* const tables_;                   // as the processor sees them
   const FlagTable host_, device_;        // as the device sees them
   Watchdog watchdog_;
@@ -112,10 +126,11 @@ class CopyEngine {
   uint64_t stride_ = 0;
 
   uint32_t epoch_;
+  uint64_t capture_ = 0;                 // the driver's number of the capture
   std::shared_ptr<const Flight> flight_; // the open operation
   StreamHandle stream_ = nullptr;        // that computes, of the open operation or the last
   bool first_ = true;                    // there was no operation before
-  bool device_flags_ = false;
+  bool device_flags_ = false, signalled_ = false;
   bool behind_opening_ = false;          // the copy stream comes after the opening
   std::vector<bool> pushed_, awaited_;
 };

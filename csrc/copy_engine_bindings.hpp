@@ -23,19 +23,20 @@ inline void bind_copy_engine(pybind11::module_& module) {
   using Places = std::vector<uint32_t>;
   py::class_<FusedProduct>(module, "FusedProduct")
       .def(py::init([](std::shared_ptr<Program> program, std::shared_ptr<Launch> launch, uint32_t blocks,
-                       std::vector<uint64_t> values, std::vector<Places> places, Places landing, Places epoch,
-                       uint32_t source, std::vector<uint64_t> offsets, bool early) {
+                       std::vector<uint64_t> values, std::vector<Places> places, Places landing, Places flags,
+                       Places epoch, uint32_t source, std::vector<uint64_t> offsets, bool early) {
              return FusedProduct{std::move(program), std::move(launch), blocks, std::move(values), std::move(places),
-                                 std::move(landing), std::move(epoch), source, std::move(offsets), early};
+                                 std::move(landing), std::move(flags), std::move(epoch), source, std::move(offsets), early};
            }),
            py::arg("program"), py::arg("launch"), py::arg("blocks"), py::arg("values"), py::arg("places"),
-           py::arg("landing"), py::arg("epoch"), py::arg("source"), py::arg("offsets"), py::arg("early"));
+           py::arg("landing"), py::arg("flags"), py::arg("epoch"), py::arg("source"), py::arg("offsets"), py::arg("early"));
 
   using Which = std::vector<uint32_t>;
   using Sources = std::vector<uint64_t>;
   py::class_<CopyEngine>(module, "CopyEngine")
-      .def(py::init<const std::string&, uint32_t, double, uint32_t, uint64_t, const Sources&>(), py::arg("library"),
-           py::arg("rank"), py::arg("timeout"), py::arg("epoch"), py::arg("host_tables"), py::arg("device_tables"))
+      .def(py::init<const std::string&, uint32_t, double, uint32_t, uint64_t, const Sources&, bool>(), py::arg("library"),
+           py::arg("rank"), py::arg("timeout"), py::arg("epoch"), py::arg("host_tables"), py::arg("device_tables"),
+           py::arg("captured"))
       .def("use_landings", &CopyEngine::use_landings, py::arg("landings"), py::arg("stride"))
       // May wait for the device.
       .def("open", &CopyEngine::open, py::arg("program"), py::arg("site"), py::arg("stream"),
@@ -46,14 +47,12 @@ inline void bind_copy_engine(pybind11::module_& module) {
       .def("start", &CopyEngine::start, py::arg("product"), py::arg("site"), py::arg("stream"), py::arg("given"),
            py::call_guard<py::gil_scoped_release>())
       .def("wait", &CopyEngine::wait)
-      .def("waited", &CopyEngine::waited)
       .def("close", &CopyEngine::close)
       .def("abort", &CopyEngine::abort)
       .def("check", &CopyEngine::check)
       .def("flag", &CopyEngine::flag, py::arg("arrival"))
       .def("signal", &CopyEngine::signal, py::arg("send"))
       .def_property_readonly("stop_word", &CopyEngine::stop_word)
-      .def_property_readonly("flags", &CopyEngine::flags)
       .def_property_readonly("signals", &CopyEngine::signals);
 }
 

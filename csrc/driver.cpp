@@ -25,10 +25,10 @@ class Symbols {
   }
 
   template <typename Function>
-  void find(Function& function, const char* name) const {
+  void find(Function& function, const char* name, int interface = kInterface) const {
     void* address = nullptr;
     int found = 0;
-    if (get_(name, &address, kInterface, 0, &found) != kDriverSuccess || address == nullptr) {
+    if (get_(name, &address, interface, 0, &found) != kDriverSuccess || address == nullptr) {
       throw std::runtime_error(library_ + " has no " + name + "; install a newer driver");
     }
     function = reinterpret_cast<Function>(address);
@@ -50,10 +50,12 @@ std::unique_ptr<Driver> resolve(const std::string& library) {
   symbols.find(driver->context_get_priorities, "cuCtxGetStreamPriorityRange");
   symbols.find(driver->stream_create, "cuStreamCreateWithPriority");
   symbols.find(driver->stream_destroy, "cuStreamDestroy");
-  symbols.find(driver->stream_is_capturing, "cuStreamIsCapturing");
+  // Later interfaces take one parameter more.
+  symbols.find(driver->stream_get_capture_info, "cuStreamGetCaptureInfo", 11030);
   symbols.find(driver->stream_wait_event, "cuStreamWaitEvent");
   symbols.find(driver->stream_wait_value, "cuStreamWaitValue32");
   symbols.find(driver->stream_write_value, "cuStreamWriteValue32");
+  symbols.find(driver->stream_batch, "cuStreamBatchMemOp");
   symbols.find(driver->event_create, "cuEventCreate");
   symbols.find(driver->event_record, "cuEventRecord");
   symbols.find(driver->event_destroy, "cuEventDestroy");

@@ -24,9 +24,21 @@ constexpr unsigned kWaitUntilReached = 0;               // CU_STREAM_WAIT_VALUE_
 constexpr unsigned kWaitThenFlush = 1u << 30;           // CU_STREAM_WAIT_VALUE_FLUSH
 constexpr unsigned kWriteAfterEarlierWrites = 0;        // CU_STREAM_WRITE_VALUE_DEFAULT: with a memory barrier
 constexpr unsigned kRegisterForAllDevices = 1 | 2;      // CU_MEMHOSTREGISTER_PORTABLE, _DEVICEMAP
+constexpr uint32_t kWaitForWord = 1, kWriteWord = 2;    // CU_STREAM_MEM_OP_WAIT_VALUE_32, _WRITE_VALUE_32
 constexpr int kCanFlushRemoteWrites = 98;               // CU_DEVICE_ATTRIBUTE_CAN_FLUSH_REMOTE_WRITES
 constexpr int kMostDynamicSharedMemory = 8;             // CU_FUNC_ATTRIBUTE_MAX_DYNAMIC_SHARED_SIZE_BYTES
 constexpr int kPromoteTo128Bytes = 2;                   // CU_TENSOR_MAP_L2_PROMOTION_L2_128B
+
+// CUstreamBatchMemOpParams: a word that a stream waits for, or writes.
+struct WordOperation {
+  uint32_t kind;
+  DeviceAddress address;
+  uint64_t value;
+  uint32_t flags;
+  DeviceAddress alias = 0;  // set by the driver
+  uint64_t unused = 0;
+};
+static_assert(sizeof(WordOperation) == 48);
 
 struct Driver {
   DriverResult (*get_error_name)(DriverResult, const char**);
@@ -37,10 +49,12 @@ struct Driver {
   DriverResult (*context_get_priorities)(int* least, int* greatest);
   DriverResult (*stream_create)(StreamHandle*, unsigned flags, int priority);
   DriverResult (*stream_destroy)(StreamHandle);
-  DriverResult (*stream_is_capturing)(StreamHandle, int* status);
+  DriverResult (*stream_get_capture_info)(StreamHandle, int* status, uint64_t* capture, void** graph, void** nodes,
+                                          size_t* count);
   DriverResult (*stream_wait_event)(StreamHandle, EventHandle, unsigned flags);
   DriverResult (*stream_wait_value)(StreamHandle, DeviceAddress, uint32_t value, unsigned flags);
   DriverResult (*stream_write_value)(StreamHandle, DeviceAddress, uint32_t value, unsigned flags);
+  DriverResult (*stream_batch)(StreamHandle, unsigned count, WordOperation*, unsigned flags);
   DriverResult (*event_create)(EventHandle*, unsigned flags);
   DriverResult (*event_record)(EventHandle, StreamHandle);
   DriverResult (*event_destroy)(EventHandle);

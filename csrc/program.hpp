@@ -48,17 +48,25 @@ struct Program {
 //     flags    [world][kColumns]        row s is written by rank s alone; a rank's own row is for signals
 //                                       of its own kernels (see CopyEngine::push_signalled)
 //     notices  [world][kNoticeWords]    row s is written by rank s alone, when it gives up
+//     progress [kProgressWords]         written by the rank itself: which captured operation is under way
+//                                       (0: none), and 1 when one has ended
 //
 // A flag holds the epoch of the last operation whose message has landed. Epochs only grow, modulo 2^32, and
-// are compared by their signed difference, so flags are never reset between operations.
+// are compared by their signed difference, so flags are never reset between operations. Only captured operations,
+// which have tables of their own, raise flags to 1 and lower them to 0: see CopyEngine. They use two sets of
+// columns in turn, and one column for their meetings.
 class FlagTable {
  public:
   static constexpr uint32_t kColumns = 256;
+  static constexpr uint32_t kSetColumns = 127, kMeeting = 2 * kSetColumns;
+  static constexpr uint32_t kProgressWords = 2;
   static constexpr uint32_t kNoticeWords = 4;  // 1, epoch, awaited chunk (or kNone), awaited rank
   static constexpr uint32_t kNone = ~0u;
 
   static constexpr uint64_t flag_words(uint32_t world) { return uint64_t{world} * kColumns; }
-  static constexpr uint64_t words(uint32_t world) { return uint64_t{world} * (kColumns + kNoticeWords); }
+  static constexpr uint64_t words(uint32_t world) {
+    return uint64_t{world} * (kColumns + kNoticeWords) + kProgressWords;
+  }
   static constexpr uint64_t bytes(uint32_t world) { return words(world) * sizeof(uint32_t); }
 
   // `addresses` of each rank's table.
@@ -75,6 +83,8 @@ class FlagTable {
   uint64_t notice(uint32_t at, uint32_t writer) const {
     return addresses_[at] + sizeof(uint32_t) * (flag_words(world()) + uint64_t{writer} * kNoticeWords);
   }
+  uint64_t under_way(uint32_t at) const { return notice(at, world()); }
+  uint64_t ended(uint32_t at) const { return under_way(at) + sizeof(uint32_t); }
 
  private:
   std::vector<uint64_t> addresses_;

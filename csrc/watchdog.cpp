@@ -16,6 +16,8 @@ constexpr size_t kDeepest = 32;
 // How far ahead a released flag is set: beyond any epoch in use, and still ahead in signed difference.
 constexpr uint32_t kReleased = 1u << 30;
 constexpr int64_t kLongestInterval = 200'000'000, kShortestInterval = 2'000'000;
+// Replays that follow a failure come to waits that nothing else ends.
+constexpr int64_t kReleaseInterval = 1'000'000;
 constexpr auto kPause = std::chrono::microseconds(20);
 
 uint32_t load(uint64_t address) {
@@ -57,6 +59,7 @@ std::shared_ptr<const Flight> Watchdog::add(uint32_t epoch, const std::string& s
   flight->epoch = epoch;
   flight->site = site;
   flight->program = std::move(program);
+  flight->up = epoch;
   std::unique_lock lock(mutex_);
   retire();
   while (flights_.size() > kDeepest) {
@@ -71,6 +74,20 @@ std::shared_ptr<const Flight> Watchdog::add(uint32_t epoch, const std::string& s
   return flight;
 }
 
+std::shared_ptr<const Flight> Watchdog::enroll(uint32_t number, const std::string& site,
+                                               std::shared_ptr<const Program> program, uint32_t shift) {
+  auto flight = std::make_shared<Flight>();
+  flight->epoch = number;
+  flight->site = site;
+  flight->program = std::move(program);
+  flight->up = 1;
+  flight->shift = shift;
+  const std::lock_guard lock(mutex_);
+  captured_.push_back(flight);
+  flight->ticket = static_cast<uint32_t>(captured_.size());
+  return flight;
+}
+
 void Watchdog::give_up(const Flight& flight, const std::string& why) {
   fail(where(flight, nullptr) + ": " + why, flight.epoch, FlagTable::kNone, rank_);
 }
@@ -82,6 +99,7 @@ void Watchdog::throw_failure() const {
 
 // Whether the device has come to this operation: what it pushed first is at its receiver.
 bool Watchdog::begun(const Flight& flight) const {
+  if (flight.ticket != 0) return true;  // the device said so
   const Message& first = flight.program->sends.front();
   return reached(load(table_.flag(first.peer, rank_, first.column)), flight.epoch);
 }
@@ -91,13 +109,26 @@ void Watchdog::retire() {
   while (flights_.size() > 1 && begun(*flights_[1])) flights_.pop_front();
 }
 
+// The captured operation that is under way.
+std::shared_ptr<Flight> Watchdog::replayed() {
+  const uint32_t ticket = load(table_.under_way(rank_));
+  auto* const word = reinterpret_cast<uint32_t*>(static_cast<uintptr_t>(table_.ended(rank_)));
+  const bool ended = __atomic_exchange_n(word, 0, __ATOMIC_ACQ_REL) != 0;
+  const std::shared_ptr<Flight> flight = ticket == 0 || ticket > captured_.size() ? nullptr : captured_[ticket - 1];
+  // The same operation again is another one if any has ended meanwhile.
+  if (flight && (ended || flight != seen_)) flight->noticed = 0;
+  seen_ = flight;
+  return flight;
+}
+
 void Watchdog::watch() {
   std::unique_lock lock(mutex_);
   while (!stopping_) {
-    wake_.wait_for(lock, std::chrono::nanoseconds(interval_));
+    const bool releasing = failed_ && !captured_.empty();
+    wake_.wait_for(lock, std::chrono::nanoseconds(releasing ? kReleaseInterval : interval_));
     if (stopping_) break;
     retire();
-    const std::shared_ptr<Flight> oldest = flights_.empty() ? nullptr : flights_.front();
+    const std::shared_ptr<Flight> oldest = flights_.empty() ? replayed() : flights_.front();
     lock.unlock();
     if (failed_) {
       release();  // a late peer may have lowered a flag again
@@ -126,7 +157,8 @@ void Watchdog::inspect(Flight& flight) {
 
 const Message* Watchdog::missing(const Flight& flight) const {
   for (const Message& message : flight.program->arrivals) {
-    if (!reached(load(table_.flag(rank_, message.peer, message.column)), flight.epoch)) return &message;
+    const uint64_t flag = table_.flag(rank_, message.peer, message.column + flight.shift);
+    if (!reached(load(flag), flight.up)) return &message;
   }
   return nullptr;
 }
@@ -146,7 +178,7 @@ std::string Watchdog::notice_of_a_peer(const Flight& flight) const {
 
 std::string Watchdog::where(const Flight& flight, const Message* message) const {
   std::string text = "rank " + std::to_string(rank_) + ": " + (flight.site.empty() ? "unnamed site" : flight.site) +
-                     ": " + flight.program->op;
+                     ": " + flight.program->op + (flight.ticket != 0 ? " of a CUDA graph" : "");
   if (message == nullptr) return text + " (operation " + std::to_string(flight.epoch) + ")";
   return text + " step " + std::to_string(message->step) + " of " + std::to_string(flight.program->steps) +
          ", chunk " + std::to_string(message->chunk) + ", peer rank " + std::to_string(message->peer);

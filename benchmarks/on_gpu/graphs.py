@@ -5,6 +5,7 @@ last part, as what it may leave behind is not known. It ends, with the reason, w
 captured or a replay with other inputs gives another result than a call.
 """
 
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,11 +16,14 @@ from on_gpu.ranks import Budget, Ranks
 from on_gpu.report import Report
 from torch import Tensor
 
+from flashtrain.comm import transport
+
 
 def measure(ranks: Ranks, report: Report) -> None:
     """One row a shape, until a system cannot be captured: then the reason."""
     sites = ranks.settings.listed(ranks.settings.rows)
     report.plan("graph", [f"{site.shape} {site.name} {site.rows}" for site in sites])
+    transport.configure(replace(transport.settings(), graphs=True))
     budget, group = Budget(ranks.settings.seconds), ranks.new_group()
     for index, site in enumerate(sites):
         if (left := budget.left()) <= 0:

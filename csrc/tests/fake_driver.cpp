@@ -1,6 +1,8 @@
 // A CUDA driver made of threads, to run the copy engine without a GPU. Device memory is host memory; a stream
 // is a thread that works off a queue. As on a device, only streams, events and flags order anything, and
-// fake_delay() makes every entry of a queue late by a random time.
+// fake_delay() makes every entry of a queue late by a random time, longer on streams that the driver was asked for
+// (those of the copy engine), and kernels as long between what they wait for and what they read. What a stream in capture is given becomes part
+// of a graph instead, to be run by fake_replay().
 #include <atomic>
 #include <chrono>
 #include <condition_variable>
@@ -18,17 +20,42 @@
 
 namespace {
 
-constexpr int kInvalidValue = 1, kNotFound = 500;
-std::atomic<uint32_t> longest_delay{0};
+constexpr int kInvalidValue = 1, kNotFound = 500, kOtherCapture = 907;
+std::atomic<uint32_t> longest_delay{0}, slowness{1};
+
+void be_late(std::mt19937& random, uint32_t times) {
+  const uint32_t limit = longest_delay * times;
+  if (limit != 0) std::this_thread::sleep_for(std::chrono::microseconds(random() % limit));
+}
+
+using Reached = std::vector<std::atomic<bool>>;  // of one replay: what its streams have come to
+
+// What streams were given in one capture; an entry is run with the marks of its replay.
+struct Graph {
+  uint64_t number;
+  std::map<void*, std::vector<std::function<void(Reached&)>>> entries;  // by stream
+  std::map<void*, size_t> joined;  // how many entries of each another stream waits for
+  std::map<void*, void*> streams;  // that run the entries of those that joined the capture
+  size_t marks = 0;
+};
 
 struct Event {
   std::atomic<uint64_t> recorded{0}, reached{0};
+  Graph* graph = nullptr;  // of the last recording: its capture, stream, place there and mark
+  void* stream = nullptr;
+  size_t place = 0, mark = 0;
 };
 
 class Stream {
  public:
-  Stream() { std::thread([this] { work(); }).detach(); }
+  explicit Stream(bool slow = false) : copies(slow) { std::thread([this] { work(); }).detach(); }
+  Graph* graph = nullptr;  // of the capture in which this is
+  const bool copies;
   void add(std::function<void()> entry) {
+    if (graph != nullptr) {
+      graph->entries[this].push_back([entry = std::move(entry)](Reached&) { entry(); });
+      return;
+    }
     const std::lock_guard lock(mutex_);
     entries_.push_back(std::move(entry));
     ++added_;
@@ -47,8 +74,7 @@ class Stream {
         entry = std::move(entries_.front());
         entries_.pop_front();
       }
-      const uint32_t limit = longest_delay;
-      if (limit != 0) std::this_thread::sleep_for(std::chrono::microseconds(random() % limit));
+      be_late(random, copies ? slowness.load() : 1);
       entry();
       ++done_;
     }
@@ -99,16 +125,28 @@ int context_get_priorities(int* least, int* greatest) {
   return 0;
 }
 int stream_create(void** stream, unsigned, int) {
-  *stream = new Stream;
+  *stream = new Stream(true);
   return 0;
 }
 int stream_destroy(void*) { return 0; }  // its queue is still worked off
-int stream_is_capturing(void*, int* status) {
-  *status = 0;
+int stream_get_capture_info(void* stream, int* status, uint64_t* capture, void**, void**, size_t*) {
+  const Graph* graph = stream_of(stream).graph;
+  *status = graph != nullptr ? 1 : 0;
+  *capture = graph != nullptr ? graph->number : 0;
   return 0;
 }
 int stream_wait_event(void* stream, void* handle, unsigned) {
   auto* event = static_cast<Event*>(handle);
+  Stream& waiting = stream_of(stream);
+  if (event->graph != nullptr && waiting.graph == nullptr) waiting.graph = event->graph;  // joins the capture
+  if (event->graph != waiting.graph) return kOtherCapture;
+  if (waiting.graph != nullptr) {
+    waiting.graph->entries[stream].push_back([mark = event->mark](Reached& reached) {
+      while (!reached[mark]) pause();
+    });
+    waiting.graph->joined[event->stream] = event->place;
+    return 0;
+  }
   const uint64_t wanted = event->recorded;
   stream_of(stream).add([event, wanted] {
     while (event->reached < wanted) pause();
@@ -126,12 +164,37 @@ int stream_write_value(void* stream, uint64_t address, uint32_t value, unsigned)
   stream_of(stream).add([address, value] { store(address, value); });
   return 0;
 }
+struct WordOperation {  // CUstreamBatchMemOpParams
+  uint32_t kind;
+  uint64_t address, value;
+  uint32_t flags;
+  uint64_t others[2];
+};
+int stream_batch(void* stream, unsigned count, WordOperation* operations, unsigned) {
+  if (count > 255) return kInvalidValue;
+  for (unsigned at = 0; at < count; ++at) {
+    const WordOperation& one = operations[at];
+    if (one.kind != 1 && one.kind != 2) return kInvalidValue;
+    const auto call = one.kind == 1 ? stream_wait_value : stream_write_value;
+    if (const int result = call(stream, one.address, static_cast<uint32_t>(one.value), one.flags)) return result;
+  }
+  return 0;
+}
 int event_create(void** event, unsigned) {
   *event = new Event;
   return 0;
 }
 int event_record(void* handle, void* stream) {
   auto* event = static_cast<Event*>(handle);
+  event->graph = stream_of(stream).graph;
+  if (event->graph != nullptr) {
+    event->stream = stream;
+    event->mark = event->graph->marks++;
+    auto& entries = event->graph->entries[stream];
+    entries.push_back([mark = event->mark](Reached& reached) { reached[mark] = true; });
+    event->place = entries.size();
+    return 0;
+  }
   const uint64_t number = ++event->recorded;
   stream_of(stream).add([event, number] { event->reached = number; });
   return 0;
@@ -162,20 +225,23 @@ struct FakeKernel {
 };
 
 // What a fused product does to memory: copies its source to where chunks leave from and signals each, waits for
-// one chunk (or `subchunks`) of every peer, and copies what has landed.
+// one chunk (or `subchunks`) of every peer that is not in the bits of `silent`, and copies what has landed.
 void relay(const std::vector<uint64_t>& parameters) {
   enum { kLanding, kSource = 5, kLeaving, kSeen, kSignals, kFlags, kStop, kEpoch, kRank, kWorld, kSubchunks, kSends,
-         kLeavingBytes, kLandingBytes, kColumns };
+         kLeavingBytes, kLandingBytes, kColumns, kSilent };
   const auto& p = parameters;
   const auto number = [&](size_t index) { return static_cast<uint32_t>(p[index]); };
   copy_words(p[kLeaving], p[kSource], number(kLeavingBytes));
   for (uint32_t send = 0; send < number(kSends); ++send) store(p[kSignals] + 4 * send, number(kEpoch));
   for (uint32_t peer = 0; peer < number(kWorld); ++peer) {
+    if ((number(kSilent) >> peer & 1) != 0) continue;
     for (uint32_t sub = 0; sub < number(kSubchunks); ++sub) {
       const uint64_t flag = p[kFlags] + 4 * (uint64_t{peer} * number(kColumns) + sub);
       while (peer != number(kRank) && static_cast<int32_t>(load(flag) - number(kEpoch)) < 0 && load(p[kStop]) == 0) pause();
     }
   }
+  thread_local std::mt19937 random(number(kRank));
+  if (random() % 4 == 0) be_late(random, slowness);
   copy_words(p[kSeen], p[kLanding], number(kLandingBytes));
 }
 
@@ -184,7 +250,7 @@ int module_load(void** module, const void*) {
   return 0;
 }
 int module_get_function(void** function, void*, const char* name) {
-  static FakeKernel kernel{{128, 4, 4, 8, 8, 8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4, 4, 4, 4, 8, 8}, relay};
+  static FakeKernel kernel{{128, 4, 4, 8, 8, 8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4, 4, 4, 4, 4, 8, 8}, relay};
   *function = &kernel;
   return std::string(name) == "relay" ? 0 : kNotFound;
 }
@@ -244,7 +310,8 @@ __attribute__((visibility("default"))) int cuGetProcAddress_v2(const char* name,
       {"cuCtxGetStreamPriorityRange", reinterpret_cast<void*>(&context_get_priorities)},
       {"cuStreamCreateWithPriority", reinterpret_cast<void*>(&stream_create)},
       {"cuStreamDestroy", reinterpret_cast<void*>(&stream_destroy)},
-      {"cuStreamIsCapturing", reinterpret_cast<void*>(&stream_is_capturing)},
+      {"cuStreamGetCaptureInfo", reinterpret_cast<void*>(&stream_get_capture_info)},
+      {"cuStreamBatchMemOp", reinterpret_cast<void*>(&stream_batch)},
       {"cuStreamWaitEvent", reinterpret_cast<void*>(&stream_wait_event)},
       {"cuStreamWaitValue32", reinterpret_cast<void*>(&stream_wait_value)},
       {"cuStreamWriteValue32", reinterpret_cast<void*>(&stream_write_value)},
@@ -286,8 +353,45 @@ __attribute__((visibility("default"))) void fake_await(void* stream, uint64_t ad
 __attribute__((visibility("default"))) void fake_sleep(void* stream, uint32_t microseconds) {
   stream_of(stream).add([=] { std::this_thread::sleep_for(std::chrono::microseconds(microseconds)); });
 }
+__attribute__((visibility("default"))) void fake_follow(void* stream, void* earlier) {
+  void* event = nullptr;
+  event_create(&event, 0);
+  event_record(event, earlier);
+  stream_wait_event(stream, event, 0);
+}
 __attribute__((visibility("default"))) void fake_synchronize(void* stream) {
   while (!stream_of(stream).idle()) pause();
 }
-__attribute__((visibility("default"))) void fake_delay(uint32_t microseconds) { longest_delay = microseconds; }
+__attribute__((visibility("default"))) void fake_begin_capture(void* stream) {
+  static std::atomic<uint64_t> captures{0};
+  stream_of(stream).graph = new Graph{++captures, {}, {}, {}, 0};
+}
+// The graph, or nothing if a stream has more to do than others wait for.
+__attribute__((visibility("default"))) void* fake_end_capture(void* stream) {
+  Graph* graph = stream_of(stream).graph;
+  bool whole = true;
+  for (const auto& [one, entries] : graph->entries) {
+    stream_of(one).graph = nullptr;
+    if (one == stream) continue;
+    graph->streams[one] = new Stream(stream_of(one).copies);
+    whole = whole && graph->joined[one] == entries.size();
+  }
+  stream_of(stream).graph = nullptr;
+  graph->streams[stream] = nullptr;  // where it is replayed
+  return whole ? graph : nullptr;
+}
+__attribute__((visibility("default"))) void fake_replay(void* handle, void* stream) {
+  const auto* graph = static_cast<const Graph*>(handle);
+  const auto reached = std::make_shared<Reached>(graph->marks);
+  for (const auto& [one, entries] : graph->entries) {
+    void* runs = graph->streams.at(one);
+    for (const auto& entry : entries) {
+      stream_of(runs != nullptr ? runs : stream).add([&entry, reached] { entry(*reached); });
+    }
+  }
+}
+__attribute__((visibility("default"))) void fake_delay(uint32_t microseconds, uint32_t times) {
+  longest_delay = microseconds;
+  slowness = times;
+}
 }

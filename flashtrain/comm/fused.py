@@ -44,6 +44,7 @@ class _Fused:
     """An operation prepared for fixed shapes, strides and chunks."""
 
     product: Any  # of flashtrain._core
+    _kernel: Any
 
     def __init__(self, mover: "NvlinkTransport", plan: Schedule, columns: int, x: Tensor, w: Tensor) -> None:
         self.mover, self.plan = mover, plan
@@ -62,7 +63,14 @@ class _Fused:
             w = w.clone(memory_format=torch.contiguous_format)
         return x, w
 
+    def on(self, mover: "NvlinkTransport", x: Tensor, w: Tensor) -> "_Fused":
+        """The same on another transport, for ``x [rows, K]`` and ``w [N, K]`` as those before."""
+        again: Any = type(self)  # of which this is the base
+        made: _Fused = again(mover, self.plan, x, w, self._kernel.config)
+        return made
+
     def _start(self, given: list[int], site: str) -> int:
+        self.mover.hold(self)
         return self.mover.start(self.product, self.messages.nbytes, given, site)
 
 
@@ -103,9 +111,10 @@ class FusedGather(_Fused):
             program=self.messages.program,
             launch=kernel.launch,
             blocks=kernel.blocks,
-            values=kernel.template(flags=mover.flags, stop=mover.stop_word),
+            values=kernel.template(stop=mover.stop_word),
             places=[[] if empty else [place("own_desc")], [place("w_desc")], [place("out")]],
             landing=[place("full_desc"), *([place("own_desc")] if empty else [])],
+            flags=[place("flags")],
             epoch=[place("epoch")],
             source=0,
             offsets=[
@@ -164,9 +173,7 @@ class FusedScatter(_Fused):
             program=self.messages.program,
             launch=kernel.launch,
             blocks=kernel.blocks,
-            values=kernel.template(
-                counters=counters.data_ptr(), ready=mover.signals, arrived=mover.flags, stop=mover.stop_word
-            ),
+            values=kernel.template(counters=counters.data_ptr(), ready=mover.signals, stop=mover.stop_word),
             places=[
                 [place("x_desc")],
                 [place("w_desc")],
@@ -174,6 +181,7 @@ class FusedScatter(_Fused):
                 [place("out")],
             ],
             landing=[place("slots")],
+            flags=[place("arrived")],
             epoch=[place("epoch")],
             source=2,
             offsets=[plan.chunks[send.chunk].offset * self.row_bytes for send in self.messages.sends],

@@ -20,7 +20,7 @@ from flashtrain.comm.bulk import WholeGather, WholeScatter
 from flashtrain.comm.chunked import ChunkedGather, ChunkedScatter, Landed
 from flashtrain.comm.schedule import Schedule, split_rows
 from flashtrain.comm.streamed import StreamedGather
-from flashtrain.comm.transport.base import Transport
+from flashtrain.comm.transport.base import Transport, capturing
 from flashtrain.errors import UserError
 
 # Into how many sub-chunks a tuner cuts a rank's rows, and of how many rows at the least.
@@ -72,7 +72,9 @@ def gather_way(x_shard: Tensor, w: Tensor, group: str, rows: int | None, site: s
         _check_operands(x_shard, w)
         counts = rows_per_rank(x_shard, group, rows)
         plan = plan_of("all_gather", counts, group)
-        found = mover.keep_way(key, _choose(mover, "all_gather", counts, group, plan, x_shard, w, site))
+        found = _keep(
+            mover, key, _choose(mover, "all_gather", counts, group, plan, x_shard, w, site), x_shard, w
+        )
     return found
 
 
@@ -88,8 +90,16 @@ def scatter_way(x: Tensor, w: Tensor, group: str, site: str) -> Scatter:
         _check_operands(x, w)
         counts = split_rows(x.shape[0], groups.resolve(group).size())
         plan = plan_of("reduce_scatter", counts, group)
-        found = mover.keep_way(key, _choose(mover, "reduce_scatter", counts, group, plan, x, w, site))
+        found = _keep(mover, key, _choose(mover, "reduce_scatter", counts, group, plan, x, w, site), x, w)
     return found
+
+
+def _keep(mover: Transport, key: tuple[Any, ...], way: Any, x: Tensor, w: Tensor) -> Any:
+    """Remember ``way``, and the same for captured operations: nothing can be made during a capture."""
+    if mover.captured is not None:
+        again = getattr(way, "on", None)  # what does not ask for its transport at every call
+        mover.captured.keep_way(key, again(mover.captured, x, w) if again else way)
+    return mover.keep_way(key, way)
 
 
 def _form(x: Tensor, w: Tensor) -> tuple[Any, ...]:
@@ -119,12 +129,14 @@ def _choose(
     """A way to compute ``op`` of ``x [rows, K]`` and ``w [N, K]``."""
     from flashtrain.comm import fused
 
+    if x.is_cuda and capturing():
+        raise mover.uncaptured(site)
     by_chunks = ChunkedGather if plan.gathers else ChunkedScatter
     chosen = transport.settings()
     if not (mover.has_kernels and chosen.fused) or fused.refusal(plan, x, w) is not None:
         return by_chunks(plan, group)
     by_kernel: Any = fused.FusedGather if plan.gathers else fused.FusedScatter
-    if not chosen.tune or torch.cuda.is_current_stream_capturing():
+    if not chosen.tune:
         return by_kernel(mover, plan, x, w)
     from flashtrain.kernels.overlapped_matmul.config import configs, default_config
 

@@ -29,6 +29,10 @@ class StreamedGather:
         # The rows of each chunk in schedule order, and the number of its arrival; none of the own.
         self._chunks = [(plan.rows_in(s.compute), arriving.get(s.compute)) for s in plan.steps]
 
+    def on(self, mover: "NvlinkTransport", x_shard: Tensor, w: Tensor) -> "StreamedGather":
+        """The same on another transport, for ``x_shard [M/W, K]`` and ``w [N, K]`` as those before."""
+        return StreamedGather(mover, self.plan, x_shard)
+
     def __call__(self, x_shard: Tensor, w: Tensor, site: str, landed: Landed | None = None) -> Tensor:
         """``y [M, N]``; ``landed`` gets the gathered rows. Raises TransportError if a peer has failed."""
         started, mover, first = clock(), self.mover, self.own.start

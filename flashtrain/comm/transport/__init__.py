@@ -12,7 +12,7 @@ import torch.distributed as dist
 
 from flashtrain.comm import groups
 from flashtrain.comm.schedule import Kind
-from flashtrain.comm.transport.base import Exchange, Traffic, Transport
+from flashtrain.comm.transport.base import Exchange, Traffic, Transport, capturing
 from flashtrain.comm.transport.group import GroupTransport
 from flashtrain.errors import UserError
 
@@ -47,6 +47,8 @@ class Settings:
     ``tune``: measure the ways of a product once for each of its shapes where it can be fused, and keep the
     fastest (``comm.tune``).
     ``arena_bytes``: the most device memory that the landing buffers of one group may take on nvlink.
+    ``graphs``: let operations on nvlink be captured in CUDA graphs, once they have run outside of one with
+    the same shapes. They then have landing buffers of their own, which doubles that memory.
     """
 
     transport: Literal["auto", "nvlink", "host", "group"] = "auto"
@@ -57,6 +59,7 @@ class Settings:
     fused: bool = True
     tune: bool = True
     arena_bytes: int = 8 << 30
+    graphs: bool = False
 
     def validate(self) -> None:
         """Raises UserError for a setting out of its range."""
@@ -98,16 +101,29 @@ def of(group_name: str, device: torch.device, lane: int = 0) -> Transport:
 
     An operation that is to begin while another of the group is under way goes by another ``lane``: a
     transport of its own where one can run only one at a time. Collective over the group at its first call.
-    Raises UserError if ``Settings.transport`` asks for one that this group or machine cannot have.
+    Raises UserError if ``Settings.transport`` asks for one that this group or machine cannot have, or if
+    that first call is made while a CUDA graph is captured.
+
+    While a CUDA graph is captured this is another transport, if ``Settings.graphs`` is on. Graphs with
+    operations of a group must be replayed one after the other, in the same order on every rank, and not
+    after ``shutdown``. The traffic of replays is not counted. After a failure in a replay, the next
+    operation outside of graphs and ``check`` raise TransportError.
     """
     key = (group_name, device.type, lane)
     found = _transports.get(key)
     if found is None:
+        if device.type == "cuda" and capturing():
+            raise UserError(
+                f"group {group_name} has no transport yet, and none can be made while a CUDA graph is "
+                "captured; set comm.graphs, and run what is to be captured once before"
+            )
         first = of(group_name, device) if lane else None
         found = first if first and not first.one_at_a_time else _choose(groups.resolve(group_name), device)
         _transports[key] = found
         if found is not first:
             log.info("transport for %d ranks of group %s: %s", found.world, group_name, found.name)
+    if found.captured is not None and capturing():
+        return found.captured
     return found
 
 
@@ -160,9 +176,10 @@ def exchange_of(group_name: str) -> Callable[[str], list[str]]:
 
 
 def _try_nvlink(group: dist.ProcessGroup, device: torch.device) -> tuple[Transport | None, str]:
-    from flashtrain.comm.transport import nvlink
+    from flashtrain.comm.transport.connect import connect
 
-    return nvlink.connect(group, device, _settings.timeout, _settings.arena_bytes, _gather_strings(group))
+    chosen = _settings
+    return connect(group, device, chosen.timeout, chosen.arena_bytes, _gather_strings(group), chosen.graphs)
 
 
 def _try_host(group: dist.ProcessGroup, device: torch.device) -> tuple[Transport | None, str]:

@@ -19,7 +19,7 @@ class Arena:
     compute the need of the largest rank: ``quiesce`` (collective) waits until nothing moves on any rank,
     ``exchange`` compares the new sizes, then the old memory is freed and ``allocate`` (collective) makes the
     new. Otherwise nothing is allocated or freed. ``moved`` learns the new addresses and the distance in bytes
-    between the two buffers.
+    between the two buffers. After ``pin`` the memory in use is never freed but by ``free``.
     """
 
     def __init__(
@@ -34,12 +34,23 @@ class Arena:
         self.budget = budget
         self._buffer: SymmetricBuffer | None = None
         self._half = 0
+        self._pinned = False
+        self._kept: list[SymmetricBuffer] = []
         self._views: dict[tuple[int, torch.dtype, tuple[int, ...]], Tensor] = {}
 
     @property
     def nbytes(self) -> int:
         """Device memory that this rank holds."""
-        return 2 * self._half
+        return 2 * self._half + sum(buffer.memory.nbytes for buffer in self._kept)
+
+    @property
+    def room(self) -> int:
+        """Bytes of each buffer."""
+        return self._half
+
+    def pin(self) -> None:
+        """CUDA graphs hold the addresses of the memory that is in use now."""
+        self._pinned = True
 
     def reserve(self, nbytes: int, site: str) -> None:
         """Make room for ``nbytes`` in each buffer; ``site`` is for messages.
@@ -49,9 +60,11 @@ class Arena:
         if nbytes <= self._half and self._buffer is not None:
             return
         half = max(1, -(-nbytes // ALIGNMENT)) * ALIGNMENT
-        if 2 * half > self.budget:
+        kept = self.nbytes if self._pinned else self.nbytes - 2 * self._half
+        if 2 * half + kept > self.budget:
             raise UserError(
-                f"{site or 'an operation'} needs landing buffers of 2 x {_mib(half)}, but comm.arena_bytes "
+                f"{site or 'an operation'} needs landing buffers of 2 x {_mib(half)}"
+                f"{f' beside {_mib(kept)} that CUDA graphs use' if kept else ''}, but comm.arena_bytes "
                 f"allows {_mib(self.budget)}; raise it, or use more ranks or fewer tokens"
             )
         failure, mine = None, str(half)
@@ -69,7 +82,9 @@ class Arena:
             )
         # Nobody writes into the old memory any more, and its views are the last that refer to it.
         self._views.clear()
-        self._buffer = None
+        if self._pinned and self._buffer is not None:
+            self._kept.append(self._buffer)
+        self._buffer, self._pinned = None, False
         with torch.inference_mode(False):
             self._buffer = self._allocate(2 * half)
         self._half = half
@@ -98,6 +113,7 @@ class Arena:
     def free(self) -> None:
         """Give the memory back; nothing may move on any rank."""
         self._views.clear()
+        self._kept.clear()
         self._buffer, self._half = None, 0
 
 

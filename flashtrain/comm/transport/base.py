@@ -11,10 +11,12 @@ from collections.abc import Callable, Collection, Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from flashtrain.comm.schedule import Expect, Schedule, Send
 from flashtrain.comm.transport.landing import Landing
+from flashtrain.errors import UserError
 
 _MOST_WAYS = 4096
 
@@ -22,6 +24,11 @@ _MOST_WAYS = 4096
 def clock() -> float:
     """Seconds on the clock that all times of a transport are taken on (CLOCK_MONOTONIC on Linux)."""
     return time.perf_counter()
+
+
+def capturing() -> bool:
+    """Whether what is issued to the current stream becomes part of a CUDA graph."""
+    return torch.cuda.is_initialized() and torch.cuda.is_current_stream_capturing()
 
 
 @dataclass
@@ -158,13 +165,15 @@ class Transport(ABC):
     group must open them in the same order. ``asynchronous``: waits order a device's stream and do not block
     the host, whose clock then knows nothing of what was hidden: ``traffic`` counts bytes and host time only.
     ``one_at_a_time``: an operation must be closed before the next is opened. ``has_kernels``: the fused
-    products of ``comm.fused`` run on it. ``ways``: how products of which shapes are computed.
+    products of ``comm.fused`` run on it. ``captured``: what takes its place while a CUDA graph is captured.
+    ``ways``: how products of which shapes are computed.
     """
 
     name: str
     asynchronous = False
     one_at_a_time = False
     has_kernels = False
+    captured: "Transport | None" = None
 
     def __init__(self, rank: int, world: int, timeout: float) -> None:
         self.rank, self.world, self.timeout = rank, world, timeout
@@ -182,6 +191,15 @@ class Transport(ABC):
             self.ways.clear()
         self.ways[key] = way
         return way
+
+    def uncaptured(self, site: str) -> UserError:
+        """That an operation here cannot become part of a CUDA graph, and why."""
+        return UserError(
+            f"{site or 'an operation'} cannot be captured in a CUDA graph: {self._why_uncaptured()}"
+        )
+
+    def _why_uncaptured(self) -> str:
+        return f"its ranks talk through {self.name}, and only nvlink can be captured"
 
     def check(self) -> None:  # noqa: B027  nothing to say where operations raise themselves
         """Raise TransportError if an operation has failed since the last call that could have said so."""

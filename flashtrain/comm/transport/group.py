@@ -8,7 +8,7 @@ from torch import Tensor
 
 from flashtrain.comm import groups
 from flashtrain.comm.schedule import Expect, Schedule, Send
-from flashtrain.comm.transport.base import Exchange, Transport, clock
+from flashtrain.comm.transport.base import Exchange, Transport, capturing, clock
 from flashtrain.errors import TransportError
 
 
@@ -31,6 +31,8 @@ class GroupTransport(Transport):
         self._operations = 0
 
     def open(self, schedule: Schedule, site: str) -> Exchange:
+        if self.asynchronous and capturing():
+            raise self.uncaptured(site)
         self._operations += 1
         return _GroupExchange(self, schedule, site, tag=self._operations % 2**20)
 

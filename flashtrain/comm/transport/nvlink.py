@@ -10,28 +10,26 @@ Operations of one transport follow one another, in the same order on every rank;
 group of its own. A peer that stops is found by the watchdog (``csrc/watchdog.hpp``): it lets the waiting
 streams go on with data that nobody may use, and the next call of any operation, or ``check``, raises
 TransportError on every rank.
+
+Operations that are captured in CUDA graphs have a transport of their own (``captured``), with flags and
+landing buffers apart from those of the others, so replays and other operations may come in any order. It is
+made, and its landing buffers grow, while operations run outside of captures.
 """
 
-import logging
 from collections.abc import Callable, Collection, Mapping
 from contextlib import suppress
 from importlib import import_module
 from typing import Any
 
 import torch
-import torch.distributed as dist
 from torch import Tensor
 
 from flashtrain.comm.schedule import Expect, Schedule, Send, all_gather
-from flashtrain.comm.transport import symmetric
 from flashtrain.comm.transport.arena import Arena
-from flashtrain.comm.transport.base import Exchange, Transport, clock
+from flashtrain.comm.transport.base import Exchange, Transport, capturing, clock
 from flashtrain.comm.transport.landing import Landing
-from flashtrain.comm.transport.pages import SharedPages
 from flashtrain.comm.transport.symmetric import SymmetricBuffer
 from flashtrain.errors import TransportError
-
-log = logging.getLogger("flashtrain.comm")
 
 DRIVER = "libcuda.so.1"
 _PROGRAMS_KEPT = 4096
@@ -91,8 +89,8 @@ class NvlinkTransport(Transport):
     one table; both went through ``clear_flags`` on all ranks. For the arena, ``allocate(bytes)`` makes
     symmetric memory and ``exchange`` gathers one string from every rank, both collective; ``quiesce`` waits
     until this rank's device is idle; ``arena_bytes`` is the most that landing buffers may take. ``stream()``
-    is the handle of the stream that computes. ``has_kernels``: all ranks can run the fused products. Raises
-    RuntimeError if the driver lacks something.
+    is the handle of the stream that computes. ``has_kernels``: all ranks can run the fused products.
+    ``in_graphs``: for captured operations alone. Raises RuntimeError if the driver lacks something.
     """
 
     name = "nvlink"
@@ -113,18 +111,21 @@ class NvlinkTransport(Transport):
         stream: Callable[[], int],
         arena_bytes: int,
         has_kernels: bool = False,
+        in_graphs: bool = False,
         driver: str = DRIVER,
         epoch: int = 0,
     ) -> None:
         super().__init__(rank, world, timeout)
-        self.has_kernels = has_kernels
+        self.has_kernels, self.in_graphs = has_kernels, in_graphs
+        self.captured: NvlinkTransport | None = None
+        self._held: set[object] = set()
         self._counters: Tensor | None = None
         self.core = import_module("flashtrain._core")
         self._plans: dict[tuple[int, int], Plan] = {}
         self._stream, self._quiesce = stream, quiesce
         self._tables = host_tables, device_table
         self._engine: Any = self.core.CopyEngine(
-            driver, rank, timeout, epoch, host_tables.data_ptr(), device_table.addresses
+            driver, rank, timeout, epoch, host_tables.data_ptr(), device_table.addresses, in_graphs
         )
 
         def settle() -> None:
@@ -143,6 +144,35 @@ class NvlinkTransport(Transport):
             self._engine.check()
         except RuntimeError as error:
             raise TransportError(str(error)) from None
+        if self.captured is not None:
+            self.captured.check()
+
+    def reserve(self, nbytes: int, site: str) -> None:
+        """Make room for an operation that lands ``nbytes`` at the most, and for another that is captured.
+
+        Raises UserError if that passes the budget, or if it is captured itself and none like it ran before;
+        TransportError if a peer has failed.
+        """
+        growing = max(nbytes, 1) > self.arena.room
+        if growing and (self.in_graphs or capturing()):
+            raise self.uncaptured(site)
+        if self.in_graphs:
+            self.arena.pin()
+            return
+        self.arena.reserve(nbytes, site)
+        if self.captured is not None:
+            self.captured.check()
+            self.captured.arena.reserve(nbytes, site)
+
+    def hold(self, what: object) -> None:
+        """Keep ``what`` until ``shutdown`` if what was captured here may point to it."""
+        if self.in_graphs:
+            self._held.add(what)
+
+    def _why_uncaptured(self) -> str:
+        if self.in_graphs:
+            return "it has not run with these shapes; run it once before the capture"
+        return "comm.graphs is off; set it, and run the operation once before the capture"
 
     def plan(self, schedule: Schedule, row_bytes: int) -> Plan:
         """The plan of ``schedule``, made at its first use. Raises ValueError if it needs too many flags."""
@@ -162,7 +192,7 @@ class NvlinkTransport(Transport):
         ``given``: the addresses that ``product`` (of flashtrain._core) takes. Raises TransportError if a peer
         has failed, UserError if the landing buffer passes its budget.
         """
-        self.arena.reserve(nbytes, site)
+        self.reserve(nbytes, site)
         epoch: int = self.call(
             self._engine.start, site, "fused product", product, site, self._stream(), given
         )
@@ -173,7 +203,7 @@ class NvlinkTransport(Transport):
 
         Errors as of ``start``.
         """
-        self.arena.reserve(messages.nbytes, site)
+        self.reserve(messages.nbytes, site)
         epoch: int = self.call(
             self._engine.open, site, messages.schedule.op, messages.program, site, self._stream(), False
         )
@@ -202,12 +232,6 @@ class NvlinkTransport(Transport):
         return self._counters
 
     @property
-    def flags(self) -> int:
-        """Address of the words that say what has landed: ``[world, flag_columns]``, a row a source."""
-        address: int = self._engine.flags
-        return address
-
-    @property
     def signals(self) -> int:
         """Address of the words with which kernels say that a payload is ready, one a send."""
         address: int = self._engine.signals
@@ -220,11 +244,16 @@ class NvlinkTransport(Transport):
         return address
 
     def call(self, function: Callable[..., Any], site: str, op: str, *arguments: Any) -> Any:
-        """Call into C++. Raises TransportError, which says where, for its RuntimeError."""
+        """Call into C++. Raises TransportError, which says where, for its RuntimeError.
+
+        Raises UserError if this cannot be captured, but is.
+        """
         try:
             return function(*arguments)
         except RuntimeError as error:
             text = str(error)
+            if not self.in_graphs and capturing():
+                raise self.uncaptured(site) from None
             # The watchdog's messages say where; the driver's do not.
             where = f"rank {self.rank}: {site or 'unnamed site'}: {op}: "
             raise TransportError(text if text.startswith("rank ") else where + text) from None
@@ -252,9 +281,12 @@ class NvlinkTransport(Transport):
         # Copies under way write to peers; the watchdog, still there, ends those that wait for one.
         with suppress(RuntimeError):
             self._quiesce()
+        if self.captured is not None:
+            self.captured.shutdown()
         self._engine = None
         self.arena.free()
         self._plans.clear()
+        self._held.clear()
 
 
 class NvlinkExchange(Exchange):
@@ -273,7 +305,7 @@ class NvlinkExchange(Exchange):
         row_bytes = torch.Size(row_shape).numel() * like.element_size()
         transport = self.transport
         plan = transport.plan(self.schedule, row_bytes)
-        transport.arena.reserve(plan.nbytes, self.site)
+        transport.reserve(plan.nbytes, self.site)
         epoch = self._call(self._engine.open, plan.program, self.site, transport._stream(), False)
         self._plan = plan
         return transport.arena.view(epoch, like.dtype, (plan.rows, *row_shape))
@@ -325,97 +357,3 @@ class NvlinkExchange(Exchange):
 
     def _call(self, function: Callable[..., Any], *arguments: Any) -> Any:
         return self.transport.call(function, self.site, self.schedule.op, *arguments)
-
-
-def connect(
-    group: dist.ProcessGroup,
-    device: torch.device,
-    timeout: float,
-    arena_bytes: int,
-    exchange: Callable[[str], list[str]],
-) -> tuple[NvlinkTransport | None, str]:
-    """The transport of ``group``, tried out, or None and why not; the same on all ranks. Collective.
-
-    ``timeout`` in seconds; ``exchange`` gathers one string from every rank of the group.
-    """
-    if device.index is None:
-        device = torch.device(device.type, torch.cuda.current_device())
-
-    def agree(failure: str) -> str:
-        """What one rank cannot do, none does: every rank takes part in every round."""
-        return next((f"rank {rank}: {text}" for rank, text in enumerate(exchange(failure)) if text), "")
-
-    def allocate(nbytes: int) -> SymmetricBuffer:
-        return symmetric.allocate(nbytes, device, group)
-
-    def quiesce() -> None:
-        torch.cuda.synchronize(device)
-
-    try:
-        import_module("flashtrain._core").load_driver(DRIVER)
-        facts = symmetric.facts(device)
-    except (ImportError, OSError, RuntimeError) as error:
-        facts = f"error:{_first_line(error)}"
-    why_not = symmetric.refusal(exchange(facts))
-    if why_not:
-        return None, why_not
-    kernels = exchange(_without_kernels(device))
-    for rank, reason in enumerate(kernels):
-        if reason:
-            log.info("products and transfers of this group are not fused: rank %d: %s", rank, reason)
-            break
-    core, world = import_module("flashtrain._core"), group.size()
-    table, transport, failure = None, None, ""
-    with SharedPages(world * core.flag_table_words(world), group.rank(), exchange) as pages:
-        try:
-            table = allocate(core.flag_table_words(world) * 4)
-            clear_flags(table.memory.view(torch.int32), world)
-            quiesce()
-        except RuntimeError as error:
-            failure = _first_line(error)
-        why_not = agree(failure or pages.problem)
-    if why_not or table is None or pages.words is None:
-        return None, why_not
-    try:
-        transport = NvlinkTransport(
-            group.rank(),
-            group.size(),
-            timeout,
-            host_tables=pages.words,
-            device_table=table,
-            allocate=allocate,
-            exchange=exchange,
-            quiesce=quiesce,
-            # What torch.cuda.current_stream asks, without the object that it makes of the answer.
-            stream=lambda: torch._C._cuda_getCurrentRawStream(device.index),
-            arena_bytes=arena_bytes,
-            has_kernels=not any(kernels),
-        )
-    except RuntimeError as error:
-        failure = _first_line(error)
-    why_not = agree(failure)
-    if not why_not and transport is not None:
-        try:
-            transport.trial(device)
-        except RuntimeError as error:
-            failure = _first_line(error)
-        why_not = agree(failure)
-    if why_not and transport is not None:
-        transport.shutdown()
-        transport = None
-    return transport, why_not
-
-
-def _without_kernels(device: torch.device) -> str:
-    """Why the fused products cannot run on this rank, or nothing."""
-    if torch.cuda.get_device_capability(device)[0] != 9:
-        return f"{torch.cuda.get_device_name(device)} is no Hopper GPU"
-    try:
-        import_module("flashtrain.kernels.overlapped_matmul.prepared")
-    except ImportError as error:
-        return _first_line(error)
-    return ""
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -11,8 +11,9 @@ import shutil
 import subprocess
 import tempfile
 import threading
-from collections.abc import Callable
-from functools import cache
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache, partial
 from importlib import import_module
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,9 @@ def _library() -> Any:
     library.fake_copy.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64]
     for name in ("fake_write", "fake_await"):
         getattr(library, name).argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32]
+    for name in ("fake_begin_capture", "fake_end_capture", "fake_replay", "fake_follow"):
+        getattr(library, name).argtypes = [ctypes.c_void_p] * (1 + (name in ("fake_replay", "fake_follow")))
+    library.fake_end_capture.restype = ctypes.c_void_p
     for name in ("fake_sleep", "fake_synchronize"):
         getattr(library, name).argtypes = [ctypes.c_void_p, ctypes.c_uint32][: 1 + (name == "fake_sleep")]
     return library
@@ -61,9 +65,12 @@ def _library() -> Any:
 _mapped: list[Any] = []
 
 
-def delay(microseconds: int) -> None:
-    """Let every entry of every stream begin late by a random time up to ``microseconds``."""
-    _library().fake_delay(microseconds)
+def delay(microseconds: int, slowness: int = 1) -> None:
+    """Let every entry of every stream begin late by a random time up to ``microseconds``.
+
+    On the streams of copy engines, and in some kernels, by up to ``slowness`` times as much.
+    """
+    _library().fake_delay(microseconds, slowness)
 
 
 class Stream:
@@ -87,8 +94,31 @@ class Stream:
     def sleep(self, microseconds: int) -> None:
         _library().fake_sleep(self.handle, microseconds)
 
+    @contextmanager
+    def capture(self) -> Iterator["Graph"]:
+        """What the stream is given meanwhile becomes the graph."""
+        graph = Graph()
+        _library().fake_begin_capture(self.handle)
+        try:
+            yield graph
+        finally:
+            graph.handle = _library().fake_end_capture(self.handle)
+        assert graph.handle is not None, "a stream was not joined"
+
+    def follow(self, earlier: "Stream") -> None:
+        _library().fake_follow(self.handle, earlier.handle)
+
+    def replay(self, graph: "Graph") -> None:
+        _library().fake_replay(graph.handle, self.handle)
+
     def synchronize(self) -> None:
         _library().fake_synchronize(self.handle)
+
+
+class Graph:
+    """What was captured; it lives for ever."""
+
+    handle: int | None = None
 
 
 class Ranks:
@@ -174,10 +204,14 @@ def contribution(schedule: Schedule, rank: int, chunk: int, salt: int) -> Tensor
 
 
 class Operation:
-    """One operation whose products are copies; ``check`` when the stream has been synchronised."""
+    """One operation whose products are copies; ``check`` when the stream has been synchronised.
+
+    If it was captured, ``feed`` gives its next replay other data, and ``after`` that says whether it was
+    right.
+    """
 
     def __init__(self, transport: NvlinkTransport, stream: Stream, schedule: Schedule, salt: int) -> None:
-        self.schedule, self.salt, self.rank = schedule, salt, transport.rank
+        self.schedule, self.stream, self.salt, self.rank = schedule, stream, salt, transport.rank
         _mapped.append(self)
         self.layout = Landing(schedule)
         chunks = range(len(schedule.chunks))
@@ -190,9 +224,6 @@ class Operation:
         def opened(exchange: Exchange) -> None:
             nonlocal landed
             landed = exchange.landing_buffer(self.seen, (3,))
-            if schedule.gathers:
-                for chunk in schedule.own:
-                    self.leaving[chunk].copy_(self.own[chunk])  # complete before the operation
 
         def span(part: Expect) -> slice:
             return self.layout.span(self.rank, part.chunk, part.slot)
@@ -212,6 +243,9 @@ class Operation:
                 # In place of an addition: the newer sum replaces what was computed.
                 stream.copy(self.leaving[expect.chunk], landed[span(expect)])
 
+        if schedule.gathers:
+            for chunk in schedule.own:
+                stream.copy(self.leaving[chunk], self.own[chunk])  # complete before the operation
         overlap.run(
             schedule,
             transport,
@@ -226,8 +260,22 @@ class Operation:
         for tensor in self.leaving.values():
             stream.copy(tensor, self.garbage[: len(tensor)])
 
-    def check(self) -> None:
+    def feed(self, salt: int) -> None:
+        self.salt = salt
+        for chunk, own in self.own.items():
+            _mapped.append(fresh := contribution(self.schedule, self.rank, chunk, salt))
+            self.stream.copy(own, fresh)
+
+    def after(self) -> Callable[[], None]:
+        _mapped.append(seen := torch.zeros_like(self.seen))
+        self.stream.copy(seen, self.seen)
+        _mapped.append(garbage := torch.full_like(seen, -1))
+        self.stream.copy(self.seen, garbage)
+        return partial(self.check, self.salt, seen)
+
+    def check(self, salt: int | None = None, seen: Tensor | None = None) -> None:
         schedule = self.schedule
+        salt, seen = self.salt if salt is None else salt, self.seen if seen is None else seen
         for step in schedule.steps:
             for expect in step.expects:
                 source = schedule.chunks[expect.chunk].owner if schedule.gathers else expect.src
@@ -235,13 +283,17 @@ class Operation:
                     source = (
                         schedule.chunks[expect.chunk].owner + 1
                     ) % schedule.world  # the first of the chain
-                wanted = contribution(schedule, source, expect.chunk, self.salt)
-                found = self.seen[self.layout.span(self.rank, expect.chunk, expect.slot)]
-                assert torch.equal(found, wanted), (schedule.op, self.salt, self.rank, expect)
+                wanted = contribution(schedule, source, expect.chunk, salt)
+                found = seen[self.layout.span(self.rank, expect.chunk, expect.slot)]
+                assert torch.equal(found, wanted), (schedule.op, salt, self.rank, expect)
 
 
 class Fused:
-    """Operations of one schedule whose kernel copies: see ``relay`` in the fake driver."""
+    """Operations of one schedule whose kernel copies: see ``relay`` in the fake driver.
+
+    One that was captured, by ``record``, is replayed with other data after ``feed``; ``after`` that says
+    whether it was right.
+    """
 
     def __init__(self, transport: NvlinkTransport, stream: Stream, schedule: Schedule) -> None:
         self.transport, self.stream, self.schedule = transport, stream, schedule
@@ -249,14 +301,17 @@ class Fused:
         self.messages = transport.plan(schedule, 12)
         self.leaving_rows = schedule.own_rows if schedule.gathers else slice(0, schedule.rows)
         leaving_bytes = 12 * (self.leaving_rows.stop - self.leaving_rows.start)
+        # As on a GPU: what has no rows has no tiles that wait.
+        silent = {m.src for m in self.messages.arrivals if not schedule.chunks[m.chunk].rows}
         numbers = {
             "epoch": 0, "rank": schedule.rank, "world": schedule.world, "subchunks": schedule.subchunks,
             "sends": 0 if schedule.gathers else len(self.messages.sends),
             "leaving_bytes": 0 if schedule.gathers else leaving_bytes,
             "landing_bytes": self.messages.rows * 12, "columns": core.flag_columns,
+            "silent": sum(1 << src for src in silent),
         }  # fmt: skip
         pointers = {"source": 0, "leaving": 0, "seen": 0, "signals": transport.signals,
-                    "flags": transport.flags, "stop": transport.stop_word}  # fmt: skip
+                    "flags": 0, "stop": transport.stop_word}  # fmt: skip
         self.launch = core.Launch(
             core.Kernel(driver(), b"", "relay", 0, 32),
             [
@@ -271,30 +326,50 @@ class Fused:
         self.product = core.FusedProduct(
             program=self.messages.program, launch=self.launch, blocks=1,
             values=[0, *pointers.values(), *numbers.values()], places=[[1], [2], [3]],
-            landing=[0], epoch=[7], source=1, early=schedule.gathers,
+            landing=[0], flags=[5], epoch=[7], source=1, early=schedule.gathers,
             offsets=[12 * (schedule.chunks[send.chunk].offset - first) for send in self.messages.sends],
         )  # fmt: skip
 
     def start(self, salt: int) -> Callable[[], None]:
         """Run it once; the result checks what has landed when the stream has been synchronised."""
+        self.record(f"site {salt}", salt)
+        return partial(self.check, self.seen, salt)
+
+    def record(self, site: str, salt: int = 0) -> None:
+        self.salt, self.source = salt, self.payload(salt)
+        self.leaving = torch.zeros_like(self.source)
+        self.seen = torch.zeros(self.messages.rows, 3, dtype=torch.int32)
+        garbage = torch.full_like(self.leaving, -1)
+        _mapped.append((self.source, self.leaving, self.seen, garbage, self))
+        if self.schedule.gathers:
+            self.stream.copy(self.leaving, self.source)  # complete before the operation
+        given = [self.source.data_ptr(), self.leaving.data_ptr(), self.seen.data_ptr()]
+        self.transport.start(self.product, self.messages.nbytes, given, site)
+        self.transport.finish(site)
+        self.stream.copy(self.leaving, garbage)  # its next owner
+
+    def payload(self, salt: int) -> Tensor:
+        schedule = self.schedule
+        chunks = [contribution(schedule, schedule.rank, c, salt) for c in range(len(schedule.chunks))]
+        return torch.cat(chunks)[self.leaving_rows].contiguous()
+
+    def feed(self, salt: int) -> None:
+        _mapped.append(fresh := self.payload(salt))
+        self.salt = salt
+        self.stream.copy(self.source, fresh)
+
+    def after(self) -> Callable[[], None]:
+        _mapped.append((seen := torch.zeros_like(self.seen), garbage := torch.full_like(seen, -1)))
+        self.stream.copy(seen, self.seen)
+        self.stream.copy(self.seen, garbage)
+        return partial(self.check, seen, self.salt)
+
+    def check(self, seen: Tensor, salt: int) -> None:
         schedule, rank = self.schedule, self.schedule.rank
-        source = torch.cat([contribution(schedule, rank, c, salt) for c in range(len(schedule.chunks))])
-        source = source[self.leaving_rows].contiguous()
-        leaving = source.clone() if schedule.gathers else torch.zeros_like(source)
-        seen = torch.zeros(self.messages.rows, 3, dtype=torch.int32)
-        _mapped.append((source, leaving, seen, self))
-        given = [source.data_ptr(), leaving.data_ptr(), seen.data_ptr()]
-        self.transport.start(self.product, self.messages.nbytes, given, f"site {salt}")
-        self.transport.finish(f"site {salt}")
-        self.stream.copy(leaving, torch.full_like(leaving, -1))  # its next owner
-
-        def check() -> None:
-            for expect in (expect for step in schedule.steps for expect in step.expects):
-                peer = schedule.chunks[expect.chunk].owner if schedule.gathers else expect.src
-                found = seen[self.messages.landing.span(rank, expect.chunk, expect.slot)]
-                assert torch.equal(found, contribution(schedule, peer, expect.chunk, salt)), (salt, expect)
-
-        return check
+        for expect in (expect for step in schedule.steps for expect in step.expects):
+            peer = schedule.chunks[expect.chunk].owner if schedule.gathers else expect.src
+            found = seen[self.messages.landing.span(rank, expect.chunk, expect.slot)]
+            assert torch.equal(found, contribution(schedule, peer, expect.chunk, salt)), (salt, expect)
 
 
 def random_rows(choice: random.Random, world: int) -> tuple[int, ...]:
