@@ -63,7 +63,7 @@ def blocks(file: Path) -> list[Block]:
 class Reader:
     """Follows guides in ``folder``, as somebody who has installed flashtrain and has no network.
 
-    ``smaller``: settings that are put after those of each ``flashtrain train``, so that it takes seconds.
+    ``smaller``: settings for each ``flashtrain train``, so that it takes seconds; the guide's own win.
     """
 
     def __init__(self, folder: Path, smaller: Sequence[str] = ()) -> None:
@@ -74,7 +74,10 @@ class Reader:
         command = installed / "flashtrain"
         command.write_text(
             "#!/bin/sh\n"
-            f'[ "$1" != train ] || set -- "$@" {shlex.join(smaller)}\n'
+            'if [ "$1" = train ]; then\n'
+            "  recipe=$2; shift 2\n"
+            f'  set -- train "$recipe" {shlex.join(smaller)} "$@"\n'
+            "fi\n"
             f'exec {shlex.quote(sys.executable)} -m flashtrain.launch.main "$@"\n'
         )
         command.chmod(0o755)
@@ -158,7 +161,8 @@ def _check_flashtrain(words: Sequence[str]) -> None:
         assert given.recipe in recipes.RECIPES, f"there is no recipe {given.recipe}"
         resolved = config.resolve(recipes.RECIPES[given.recipe](), None, given.settings)
         resolved.parallel.validate()
-        resolved.model.validate(resolved.parallel.tensor)
+        if resolved.train.init_from is None:  # else the model comes with the weights
+            resolved.model.validate(resolved.parallel.tensor)
         resolved.train.validate(resolved.parallel.data)
         resolved.watch.validate(resolved.train.steps)
     elif given.command == "nodes":
