@@ -1,5 +1,6 @@
 """The guides of docs/ are followed, their links lead somewhere, and a made-up option is found."""
 
+import ast
 import json
 import re
 import shutil
@@ -87,6 +88,19 @@ def test_commands_of_the_readme_are_known() -> None:
     assert found
     for block in found:
         guides.check(block)
+
+
+def test_every_promise_names_tests_that_exist() -> None:
+    promises = README.read_text().partition("## What is promised")[2].partition("\n## ")[0]
+    rows = [line.split("|")[1:3] for line in promises.splitlines() if line.startswith("| ")][1:]
+    assert len(rows) >= 25
+    for promise, held_by in rows:
+        named = re.findall(r"`(\S+?)::(\w+)`", held_by)
+        assert named, f"{promise}: no test is named"
+        for file, name in named:
+            tree = ast.parse((ROOT / "tests" / file).read_text())
+            tests = {node.name for node in tree.body if isinstance(node, ast.FunctionDef)}
+            assert f"test_{name}" in tests, f"{promise}: {file} has no test_{name}"
 
 
 def test_commands_in_passing_are_known() -> None:
