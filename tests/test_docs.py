@@ -30,7 +30,7 @@ SHOWN = {
     "own-model.md": ["starting with the weights of runs/base", "came along"],
     "reading-the-overlap-report.md": ["embedding: a look-up", "100.0% of the transfers hidden"],
     "troubleshooting-hangs.md": ["CPU ranks of one machine"],
-    "watching.md": ["steps-10-12.rank0.json.gz", "wrote both.html"],
+    "watching.md": ["steps-11-12.rank0.json.gz", "wrote both.html"],
 }
 
 
