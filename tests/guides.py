@@ -57,6 +57,8 @@ def blocks(file: Path) -> list[Block]:
         known = {"sh": word == "" or word in ELSEWHERE, "python": True, "toml": word != "", "text": True}
         assert known.get(language), f"{block}: a fence must not say {language} {word}"
         found.append(block)
+    fences = len(re.findall(r"^\s*```", text, re.MULTILINE))
+    assert fences == 2 * len(found), f"{file.name}: a fence is indented or not closed"
     return found
 
 

@@ -142,6 +142,10 @@ def test_a_fence_that_no_test_knows_is_refused(tmp_path: Path) -> None:
         (tmp_path / "guide.md").write_text(f"# Guide\n\n```{fence}\nls\n```\n")
         with pytest.raises(AssertionError, match=r"guide.md:3: a fence must not say"):
             guides.blocks(tmp_path / "guide.md")
+    for text in ("```sh\nls\n", "- so:\n  ```sh\n  ls\n  ```\n"):
+        (tmp_path / "guide.md").write_text(text)
+        with pytest.raises(AssertionError, match="indented or not closed"):
+            guides.blocks(tmp_path / "guide.md")
 
 
 def test_a_command_that_fails_is_named_with_its_line(tmp_path: Path) -> None:
