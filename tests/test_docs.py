@@ -8,7 +8,9 @@ from pathlib import Path
 
 import pytest
 
+from flashtrain import config
 from flashtrain.launch.main import COMMANDS
+from flashtrain.recipes import demo
 from tests import guides
 from tests.guides import DOCS, ROOT, Block
 from tests.train import runs
@@ -32,6 +34,8 @@ SHOWN = {
     "troubleshooting-hangs.md": ["CPU ranks of one machine"],
     "watching.md": ["steps-11-12.rank0.json.gz", "wrote both.html"],
 }
+# Where lines come from that runs end with.
+SOURCES = [("flashtrain", "py"), ("launch", "py"), ("csrc", "cpp")]
 
 
 def reader(folder: Path, text: Path) -> guides.Reader:
@@ -108,6 +112,33 @@ def test_commands_in_passing_are_known() -> None:
     for file in (README, *DOCS.glob("*.md")):
         for name in re.findall(r"`flashtrain (\w+)", file.read_text()):
             assert name in COMMANDS, f"{file.name}: flashtrain {name}"
+
+
+def test_settings_in_passing_exist() -> None:
+    """Those in the running text: `section.key`, with dashes or without, with a value or without."""
+    prepared = ["--data.class=PreparedData.Config", "--data.sets=set"]
+    known = {key for words in ([], prepared) for key in config.keys(config.resolve(demo(), None, words))}
+    sections = "|".join(sorted({key.partition(".")[0] for key in known if "." in key}))
+    found = 0
+    for file in (README, *DOCS.glob("*.md")):
+        prose = re.sub(r"^```.*?^```$", "", file.read_text(), flags=re.MULTILINE | re.DOTALL)
+        for key in re.findall(rf"`(?:--)?((?:{sections})\.\w+)(?: [^`]*)?`", prose):
+            assert key in known, f"{file.name}: there is no setting {key}"
+            found += 1
+    assert found > 20
+
+
+def test_error_lines_that_the_guide_explains_are_printed_somewhere() -> None:
+    sources = [path for folder, ending in SOURCES for path in (ROOT / folder).rglob(f"*.{ending}")]
+    printed = "\n".join(path.read_text() for path in sources)
+    table = (DOCS / "troubleshooting-hangs.md").read_text().partition("| the end of the line")[2]
+    rows = re.findall(r"^\| (`.*)", table.partition("\n\n")[0], re.MULTILINE)
+    assert len(rows) >= 10
+    for row in rows:
+        for line in re.findall(r"`([^`]+)`", row.split("|")[0]):
+            # Words in capitals stand for names and numbers.
+            for part in re.split(r"\b[A-Z]+\b|\.\.\.", line):
+                assert "in gloo's words" in row or part.strip(" )") in printed, f"nothing says {part!r}"
 
 
 @pytest.mark.parametrize(
