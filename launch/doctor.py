@@ -32,7 +32,10 @@ def add_parser(subparsers: Any) -> None:
     )
     parser.add_argument("--json", action="store_true", help="print one JSON object instead of a table")
     parser.add_argument(
-        "--nodes", action="store_true", help="under torchrun: compare all ranks, and measure every pair"
+        "--nodes",
+        action="store_true",
+        help="under torchrun, as flashtrain nodes prints it: compare all ranks, measure every pair, and "
+        "exit with 1 for what would hurt a run",
     )
     parser.set_defaults(run=run)
 

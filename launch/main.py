@@ -44,7 +44,11 @@ def parse(argv: Sequence[str]) -> argparse.Namespace:
     Only a subcommand with ``takes_settings`` may have words left over. Raises UserError for an unknown
     subcommand, option or argument; leaves by SystemExit for ``--help`` and ``--version``.
     """
-    parser = Parser(prog="flashtrain", description=flashtrain.__doc__)
+    parser = Parser(
+        prog="flashtrain",
+        description=flashtrain.__doc__,
+        epilog="flashtrain COMMAND --help says more. A first run: flashtrain train demo",
+    )
     parser.add_argument("--version", action="version", version=f"flashtrain {flashtrain.__version__}")
     subparsers = parser.add_subparsers(title="commands", dest="command", metavar="COMMAND", required=True)
     wanted = argv[0] if argv else "--help"

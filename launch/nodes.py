@@ -34,6 +34,7 @@ def add_parser(subparsers: Any) -> None:
         "--restarts",
         type=int,
         default=3,
+        metavar="N",
         help="times to go on from the last checkpoint by itself (default: 3)",
     )
     parser.add_argument("--interface", metavar="NAME", help="network interface, where the default is wrong")

@@ -7,12 +7,31 @@ from typing import Any
 
 def add_parser(subparsers: Any) -> None:
     """Register the subcommand."""
-    parser = subparsers.add_parser("sample", help="continue a prompt with the model of a checkpoint")
-    parser.add_argument("checkpoint", type=Path, help="a checkpoint, or the --out of a run")
-    parser.add_argument("--prompt", required=True, help="text to continue")
-    parser.add_argument("--tokens", type=int, default=200, help="how many to draw (default: 200)")
-    parser.add_argument("--temperature", type=float, default=0.7, help="0: the most likely (default: 0.7)")
-    parser.add_argument("--seed", type=int, default=0, help="draws are a pure function of it (default: 0)")
+    parser = subparsers.add_parser(
+        "sample",
+        help="continue a prompt with the model of a checkpoint",
+        description="Print a prompt and what the model of a checkpoint makes of it, on this process alone.",
+    )
+    parser.add_argument(
+        "checkpoint",
+        type=Path,
+        metavar="CHECKPOINT",
+        help="a checkpoint, or the --out of a run: its last one",
+    )
+    parser.add_argument("--prompt", required=True, metavar="TEXT", help="text to continue")
+    parser.add_argument(
+        "--tokens", type=int, default=200, metavar="N", help="how many to draw (default: 200)"
+    )
+    parser.add_argument(
+        "--temperature",
+        type=float,
+        default=0.7,
+        metavar="T",
+        help="0 takes the most likely token each time, 1 draws as the model says (default: 0.7)",
+    )
+    parser.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="the same one draws the same (default: 0)"
+    )
     parser.set_defaults(run=run)
 
 

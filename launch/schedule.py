@@ -28,8 +28,18 @@ def add_parser(subparsers: Any) -> None:
         help="print and draw a schedule",
         description="Print a schedule as a table, replay it in the simulator and draw its timeline.",
     )
-    parser.add_argument("--op", required=True, choices=("all_gather", "reduce_scatter", "all_to_all"))
-    parser.add_argument("--kind", default="direct", choices=("direct", "ring"))
+    parser.add_argument(
+        "--op",
+        required=True,
+        choices=("all_gather", "reduce_scatter", "all_to_all"),
+        help="what the chunks of a product are exchanged by",
+    )
+    parser.add_argument(
+        "--kind",
+        default="direct",
+        choices=("direct", "ring"),
+        help="chunks go straight to their rank, or from neighbour to neighbour (default: direct)",
+    )
     parser.add_argument("--world", type=int, metavar="W", help="ranks (default: as many as --rows, or 4)")
     parser.add_argument(
         "--subchunks", type=int, default=1, metavar="m", help="pieces of each chunk (default 1)"

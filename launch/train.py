@@ -20,15 +20,18 @@ def add_parser(subparsers: Any) -> None:
         usage="flashtrain train RECIPE [--config FILE.toml] [--out DIR] [--dotted.key VALUE ...]",
         description="Train a model. Settings come from the recipe, then the file, then the command line.",
         epilog=(
-            "Without torchrun, as many local ranks are started as the parallel degrees multiply to. "
-            "Under torchrun, the ranks that it started are used; flashtrain nodes prints how to start them."
+            "The same command on a folder with a checkpoint goes on from there. Without torchrun, "
+            "parallel.tensor x parallel.data local ranks are started. Under torchrun, the ranks that it "
+            "started are used; flashtrain nodes prints how to start them."
         ),
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="a named starting point, such as demo")
+    parser.add_argument("recipe", metavar="RECIPE", help="where settings start: demo or continue-pretraining")
     parser.add_argument("--config", type=Path, metavar="FILE.toml", help="settings to change, as TOML")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/RECIPE)")
     parser.add_argument_group(
-        "settings", "--dotted.key VALUE changes one setting, such as --train.steps 500; the run prints all"
+        "settings",
+        "--dotted.key VALUE changes one setting, such as --train.steps 500. A run writes all of its own to "
+        "config.toml in its folder, which --config takes.",
     )
     parser.set_defaults(run=run, takes_settings=True)
 

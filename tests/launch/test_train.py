@@ -15,6 +15,7 @@ import pytest
 
 import flashtrain
 from flashtrain.launch import main, ranks
+from flashtrain.recipes import RECIPES
 
 STUB = Path(__file__).parent / "stub"
 ROOT = Path(__file__).parents[2]
@@ -59,6 +60,13 @@ def test_wrong_settings_are_one_line_before_any_rank_starts(
     out, err = capsys.readouterr()
     assert (out, err.count("\n")) == ("", 1)
     assert line in err
+
+
+def test_help_names_every_recipe(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit):
+        main.main(["train", "--help"])
+    shown = " ".join(capsys.readouterr().out.split())
+    assert f"where settings start: {' or '.join(RECIPES)}" in shown
 
 
 @pytest.mark.usefixtures("stub")
