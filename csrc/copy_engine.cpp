@@ -244,12 +244,6 @@ void CopyEngine::abort(const std::string& why) {
   flight_.reset();
 }
 
-uint64_t CopyEngine::flag(uint32_t arrival) const {
-  if (!flight_) throw std::logic_error("no operation is open");
-  const Message& message = flight_->program->arrivals.at(arrival);
-  return device_.flag(rank_, message.peer, message.column + flight_->shift);
-}
-
 uint64_t CopyEngine::signal(uint32_t send) const {
   if (send >= FlagTable::kColumns) throw std::out_of_range("there are not so many sends");
   return signals() + sizeof(uint32_t) * send;

@@ -71,16 +71,14 @@ class CopyEngine {
   // No operation may be under way on any rank.
   void use_landings(std::vector<uint64_t> landings, uint64_t stride);
 
-  // Start an operation on `stream`; returns its epoch, or its number in the capture. With `device_flags` every rank must have them: its pushes
-  // then also raise flags that kernels of the receiver may wait for. Throws std::logic_error if one is open.
+  // Start an operation on `stream`; returns its epoch, or its number in the capture. With `device_flags` every rank
+  // must have them: its pushes then also raise flags that kernels of the receiver may wait for. Throws
+  // std::logic_error if one is open.
   uint32_t open(std::shared_ptr<const Program> program, const std::string& site, uint64_t stream, bool device_flags);
   // Push sends number `which`, each from its source, once the stream has done what it now holds.
   void push(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources);
   // The same at once, for payloads that were complete when the operation was opened.
   void push_early(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources);
-  // The same, each when a kernel of this rank has set word signal(send) to the epoch. Launch that kernel first:
-  // where streams share a hardware queue, it would stand behind the wait.
-  void push_signalled(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources);
   // Open an operation for `product`, push, and launch its kernel, which waits for arrivals itself; returns the
   // epoch. It stays open, so that more can be done with what has landed, until close().
   uint32_t start(const FusedProduct& product, const std::string& site, uint64_t stream,
@@ -93,15 +91,17 @@ class CopyEngine {
   void abort(const std::string& why);
   void check() const { watchdog_.check(); }
 
-  // Words for kernels: of the device table, to wait for an arrival; of the host table, to signal a payload, and
-  // to learn, where it is not zero, that a wait is in vain.
-  uint64_t flag(uint32_t arrival) const;
-  uint64_t signal(uint32_t send) const;
+  // Words of the host table for kernels: to signal payloads, one a send, and to learn, where it is not zero, that
+  // a wait is in vain.
+  uint64_t signals() const { return host_.flag(rank_, rank_, 0); }
   uint64_t stop_word() const { return host_.notice(rank_, rank_); }
-  uint64_t signals() const { return host_.flag(rank_, rank_, 0); }  // one a send
 
  private:
   enum class After { kStream, kOpening, kSignal };
+  // Push, each when a kernel of this rank has set word signal(send) to the epoch. Launch that kernel first:
+  // where streams share a hardware queue, it would stand behind the wait.
+  void push_signalled(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources);
+  uint64_t signal(uint32_t send) const;
   void push(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources, After after);
   bool follows(StreamHandle stream);
   void meet(const std::string& site);

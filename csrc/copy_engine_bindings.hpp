@@ -43,15 +43,12 @@ inline void bind_copy_engine(pybind11::module_& module) {
            py::arg("device_flags"), py::call_guard<py::gil_scoped_release>())
       .def("push", py::overload_cast<const Which&, const Sources&>(&CopyEngine::push))
       .def("push_early", &CopyEngine::push_early)
-      .def("push_signalled", &CopyEngine::push_signalled)
       .def("start", &CopyEngine::start, py::arg("product"), py::arg("site"), py::arg("stream"), py::arg("given"),
            py::call_guard<py::gil_scoped_release>())
       .def("wait", &CopyEngine::wait)
       .def("close", &CopyEngine::close)
       .def("abort", &CopyEngine::abort)
       .def("check", &CopyEngine::check)
-      .def("flag", &CopyEngine::flag, py::arg("arrival"))
-      .def("signal", &CopyEngine::signal, py::arg("send"))
       .def_property_readonly("stop_word", &CopyEngine::stop_word)
       .def_property_readonly("signals", &CopyEngine::signals);
 }
