@@ -12,7 +12,7 @@ import re
 import shlex
 import subprocess
 import sys
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -65,21 +65,23 @@ def blocks(file: Path) -> list[Block]:
 class Reader:
     """Follows guides in ``folder``, as somebody who has installed flashtrain and has no network.
 
-    ``smaller``: settings for each ``flashtrain train``, so that it takes seconds; the guide's own win.
+    ``smaller``: settings for each ``flashtrain train`` of a recipe, so that it takes seconds; the guide's own
+    win over them.
     """
 
-    def __init__(self, folder: Path, smaller: Sequence[str] = ()) -> None:
+    def __init__(self, folder: Path, smaller: Mapping[str, Sequence[str]] | None = None) -> None:
         self.folder = folder
         installed = folder / ".installed"
         installed.mkdir(exist_ok=True)
         (installed / "sitecustomize.py").write_text("import tests.offline\n")
         command = installed / "flashtrain"
+        cases = "".join(
+            f'"train {recipe}") shift 2; set -- train {recipe} {shlex.join(settings)} "$@" ;;\n'
+            for recipe, settings in (smaller or {}).items()
+        )
         command.write_text(
             "#!/bin/sh\n"
-            'if [ "$1" = train ]; then\n'
-            "  recipe=$2; shift 2\n"
-            f'  set -- train "$recipe" {shlex.join(smaller)} "$@"\n'
-            "fi\n"
+            f'case "$1 $2" in\n{cases}*) ;;\nesac\n'
             f'exec {shlex.quote(sys.executable)} -m flashtrain.launch.main "$@"\n'
         )
         command.chmod(0o755)

@@ -17,12 +17,8 @@ from tests.train import runs
 
 README = ROOT / "README.md"
 # The guides' runs are as small as their settings allow: steps, not lessons, are what is tested.
-SMALLER = [
-    "--train.steps=12",
-    "--train.batch=4",
-    "--train.sequence=64",
-    "--train.evaluation_windows=8",
-]
+SMALLER = ["--train.steps=12", "--train.batch=4", "--train.sequence=64", "--train.evaluation_windows=8"]
+SMALLER_MODEL = ["--model.layers=2", "--model.hidden=96", "--model.mlp_width=128"]
 # What else a guide must have shown, beside commands that end well. story.md has a test file of its own.
 SHOWN = {
     "embedding-one-op.md": ["rank 0: as in one process", "rank 1: as in one process"],
@@ -39,7 +35,8 @@ SOURCES = [("flashtrain", "py"), ("launch", "py"), ("csrc", "cpp")]
 
 
 def reader(folder: Path, text: Path) -> guides.Reader:
-    return guides.Reader(folder, [*SMALLER, f"--data.source={text}"])
+    smaller = [*SMALLER, f"--data.source={text}"]
+    return guides.Reader(folder, {"demo": [*smaller, *SMALLER_MODEL], "continue-pretraining": smaller})
 
 
 @pytest.fixture(scope="module")
