@@ -34,9 +34,13 @@ inline void bind_copy_engine(pybind11::module_& module) {
   using Which = std::vector<uint32_t>;
   using Sources = std::vector<uint64_t>;
   py::class_<CopyEngine>(module, "CopyEngine")
-      .def(py::init<const std::string&, uint32_t, double, uint32_t, uint64_t, const Sources&, bool>(), py::arg("library"),
-           py::arg("rank"), py::arg("timeout"), py::arg("epoch"), py::arg("host_tables"), py::arg("device_tables"),
-           py::arg("captured"))
+      // `keeps` lives as long as the engine: the memory of the tables, which its watchdog reads and writes.
+      .def(py::init([](const std::string& library, uint32_t rank, double timeout, uint32_t epoch, uint64_t host_tables,
+                       const Sources& device_tables, bool captured, const py::object&) {
+             return std::make_unique<CopyEngine>(library, rank, timeout, epoch, host_tables, device_tables, captured);
+           }),
+           py::arg("library"), py::arg("rank"), py::arg("timeout"), py::arg("epoch"), py::arg("host_tables"),
+           py::arg("device_tables"), py::arg("captured"), py::arg("keeps"), py::keep_alive<1, 9>())
       .def("use_landings", &CopyEngine::use_landings, py::arg("landings"), py::arg("stride"))
       // May wait for the device.
       .def("open", &CopyEngine::open, py::arg("program"), py::arg("site"), py::arg("stream"),

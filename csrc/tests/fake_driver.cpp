@@ -250,7 +250,7 @@ int module_load(void** module, const void*) {
   return 0;
 }
 int module_get_function(void** function, void*, const char* name) {
-  static FakeKernel kernel{{128, 4, 4, 8, 8, 8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4, 4, 4, 4, 4, 8, 8}, relay};
+  static auto& kernel = *new FakeKernel{{128, 4, 4, 8, 8, 8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4, 4, 4, 4, 4, 8, 8}, relay};
   *function = &kernel;
   return std::string(name) == "relay" ? 0 : kNotFound;
 }

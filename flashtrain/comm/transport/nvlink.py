@@ -125,7 +125,14 @@ class NvlinkTransport(Transport):
         self._stream, self._quiesce = stream, quiesce
         self._tables = host_tables, device_table
         self._engine: Any = self.core.CopyEngine(
-            driver, rank, timeout, epoch, host_tables.data_ptr(), device_table.addresses, in_graphs
+            driver,
+            rank,
+            timeout,
+            epoch,
+            host_tables.data_ptr(),
+            device_table.addresses,
+            in_graphs,
+            self._tables,
         )
 
         def settle() -> None:

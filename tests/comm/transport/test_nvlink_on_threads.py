@@ -1,9 +1,12 @@
 """The nvlink transport on GPUs made of threads: order, reuse of buffers, flags that wrap, peers that stop."""
 
+import gc
 import random
 import time
+import weakref
 from collections.abc import Iterator
 from contextlib import suppress
+from importlib import import_module
 from itertools import product
 from typing import Any
 
@@ -181,6 +184,22 @@ def test_a_rank_without_rows_is_waited_for_by_the_others_and_waits_for_them(buil
             check()
 
     Ranks(3).run(main)
+
+
+def test_the_tables_live_as_long_as_the_watchdog_that_reads_them() -> None:
+    """Even where nothing shuts the transport down, as when an interpreter ends in its own order."""
+    core = import_module("flashtrain._core")
+    host, device = (torch.zeros(core.flag_table_words(1), dtype=torch.int32) for _ in range(2))
+    engine = core.CopyEngine(
+        fake_gpu.driver(), 0, 1.0, 0, host.data_ptr(), [device.data_ptr()], False, (host, device)
+    )
+    table = weakref.ref(host)
+    del host, device
+    gc.collect()
+    assert table() is not None
+    del engine
+    gc.collect()
+    assert table() is None
 
 
 def test_a_launch_refuses_what_the_kernel_does_not_take() -> None:
