@@ -81,12 +81,12 @@ def now():  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def deliver(ready, flags, sources, targets, count, epoch, step_ns, WAITS: tl.constexpr):  # type: ignore[no-untyped-def]
+def deliver(ready, flags, stop, sources, targets, count, epoch, step_ns, WAITS: tl.constexpr):  # type: ignore[no-untyped-def]
     """A link: raise ``flags[targets[i]]`` one transfer after the last, or after ``ready[sources[i]]``."""
     free = now()
     for index in range(count):
         if WAITS:
-            free += wait_flag(ready + tl.load(sources + index), epoch, 1)
+            free += wait_flag(ready + tl.load(sources + index), epoch, stop, 1)
             free = tl.maximum(free, now())
         free += step_ns
         while now() < free:
@@ -115,7 +115,8 @@ class Bench:
         self.out = [torch.empty(m, n, device="cuda", dtype=dtype) for _ in range(self.sets)]
         self.own = slice(RANK * m // WORLD, (RANK + 1) * m // WORLD)
         self.side = torch.cuda.Stream(priority=-1)
-        self.words = {name: self.integers([0] * 64) for name in ("flags", "counters", "ready", "arrived")}
+        names = ("flags", "counters", "ready", "arrived", "stop")
+        self.words = {name: self.integers([0] * 64) for name in names}
         self.keep: list[Tensor] = []
         self.slots, self.sum = [], []
         if not shape.gathers:
@@ -154,8 +155,8 @@ class Bench:
             self.side.wait_stream(torch.cuda.current_stream())
             with torch.cuda.stream(self.side):
                 deliver[(1,)](
-                    self.words["ready"], flags, sources, targets, len(pairs), self.epoch, step_ns,
-                    WAITS=waits, num_warps=1,
+                    self.words["ready"], flags, self.words["stop"], sources, targets, len(pairs),
+                    self.epoch, step_ns, WAITS=waits, num_warps=1,
                 )  # fmt: skip
 
         return start
@@ -192,8 +193,9 @@ class Bench:
             parts, kept = tuple(part._replace(own=False) for part in parts), 0
         slots, sums = [slot[:, :kept] for slot in self.slots], [total[:kept] for total in self.sum]
         product = MatmulScatter(
-            self.x[0], self.w[0], self.out[0], slots[0], sums[0], parts, RANK, config=config, spare_sms=1
-        )
+            self.x[0], self.w[0], self.out[0], slots[0], sums[0], parts, RANK,
+            arrived_stride=subchunks, config=config, spare_sms=1,
+        )  # fmt: skip
         # What a peer computes at step i for this rank leaves when this rank's chunk of step i does.
         steps = [part.chunk for part in parts if part.chunk // subchunks != RANK]
         places = [
@@ -307,9 +309,9 @@ def host(rows: int = 2048) -> dict[str, float]:
     launcher = GatherMatmul(run.x[0][own], run.x[0], run.w[0], run.out[0], parts, config=config)
     jitted = _jitted(launcher, run, flags)
     stream = torch.cuda.current_stream().cuda_stream
-    values = launcher.values(
-        (run.x[0][own], run.x[0], run.w[0], run.out[0], flags, None, launcher.plan.records),
-        (run.epoch, launcher.tiles, launcher.column_tiles, launcher.steps, launcher.columns), run.w[0],
+    values = launcher.template(
+        own_desc=run.x[0][own].data_ptr(), full_desc=run.x[0].data_ptr(), w_desc=run.w[0].data_ptr(),
+        out=run.out[0].data_ptr(), flags=flags.data_ptr(), stop=run.words["stop"].data_ptr(), epoch=run.epoch,
     )  # fmt: skip
     return {
         "torch.mm": host_time(run.mm, run.sets),
@@ -321,7 +323,7 @@ def host(rows: int = 2048) -> dict[str, float]:
             run.sets,
         ),
         "driver call alone": host_time(
-            lambda _: launcher._launch.start(launcher.blocks, stream, values), run.sets
+            lambda _: launcher.launch.start(launcher.blocks, stream, values), run.sets
         ),
         "JIT call with tensor descriptors": host_time(jitted, run.sets),
     }
@@ -340,8 +342,9 @@ def _jitted(product: Product, run: Bench, flags: Tensor) -> Call:
         product.kernel[(product.blocks,)](
             TensorDescriptor.from_tensor(x[run.own], x_block), TensorDescriptor.from_tensor(x, x_block),
             TensorDescriptor.from_tensor(w, w_block), TensorDescriptor.from_tensor(out, out_block),
-            flags, flags, plan.records, run.epoch, product.tiles, product.column_tiles, product.steps,
-            product.columns, **product._constants, num_warps=config.warps, num_stages=config.stages,
+            flags, flags, run.words["stop"], plan.records, run.epoch, product.tiles, product.column_tiles,
+            product.steps, product.columns, **product._constants,
+            num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip
 
     return call
