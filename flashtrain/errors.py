@@ -19,3 +19,8 @@ class Stopped(Exception):
     """The run was asked to end by SIGTERM, and has saved what it had. The command line exits with 143."""
 
     EXIT_CODE = 143  # 128 + SIGTERM, as shells and schedulers read it
+
+
+def first_line(error: BaseException) -> str:
+    """What ``error`` says, as far as one line goes; its type if it says nothing."""
+    return next(iter(str(error).strip().splitlines()), type(error).__name__)

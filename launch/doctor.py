@@ -12,6 +12,7 @@ from importlib import import_module, metadata
 from typing import Any
 
 import flashtrain
+from flashtrain.errors import first_line
 
 TORCH_AT_LEAST = (2, 11)
 OPTIONAL = ("pybind11", "cmake", "ninja", "wandb", "prometheus-client", "nvidia-ml-py")
@@ -213,7 +214,7 @@ def _version_or_reason(module: str) -> dict[str, str | None]:
         return {"version": getattr(import_module(module), "__version__", None), "reason": None}
     except Exception as error:
         # A broken installation of an optional package may raise anything; its words are the finding.
-        return {"version": None, "reason": (str(error).splitlines() or [type(error).__name__])[0]}
+        return {"version": None, "reason": first_line(error)}
 
 
 def required() -> list[str]:

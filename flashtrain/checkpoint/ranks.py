@@ -12,7 +12,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashtrain.errors import TransportError, UserError
+from flashtrain.errors import TransportError, UserError, first_line
 
 # A rank that sends more than this is taken to be broken: nobody can hold that many for every rank.
 _MOST_BYTES = 1 << 30
@@ -105,7 +105,7 @@ class Ranks:
                 peer = awaited
                 work.wait()
         except RuntimeError as error:
-            reason = next(iter(str(error).splitlines()), type(error).__name__)
+            reason = first_line(error)
             raise TransportError(f"rank {self.rank}: checkpoint: peer rank {peer}: {reason}") from error
 
 

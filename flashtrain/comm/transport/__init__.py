@@ -14,7 +14,7 @@ from flashtrain.comm import groups
 from flashtrain.comm.schedule import Kind
 from flashtrain.comm.transport.base import Exchange, Traffic, Transport, capturing
 from flashtrain.comm.transport.group import GroupTransport
-from flashtrain.errors import UserError
+from flashtrain.errors import UserError, first_line
 
 __all__ = [
     "Exchange",
@@ -189,23 +189,19 @@ def _try_host(group: dist.ProcessGroup, device: torch.device) -> tuple[Transport
     try:
         host = importlib.import_module("flashtrain.comm.transport.host")
     except ImportError as error:
-        why_not = _first_line(error)
+        why_not = first_line(error)
         exchange(f"error:{why_not}")  # ranks that have it wait for this one's address
     else:
         try:
             transport = host.HostTransport(group.rank(), group.size(), _settings.timeout, exchange)
         except (OSError, RuntimeError) as error:
-            why_not = _first_line(error)
+            why_not = first_line(error)
     # One rank that cannot map the others' memory decides for all of them.
     refused = [f"rank {rank}: {reason}" for rank, reason in enumerate(exchange(why_not)) if reason]
     if refused and transport is not None:
         transport.shutdown()
         transport = None
     return transport, refused[0] if refused else ""
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)
 
 
 @atexit.register

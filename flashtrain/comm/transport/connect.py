@@ -11,6 +11,7 @@ from flashtrain.comm.transport import symmetric
 from flashtrain.comm.transport.nvlink import DRIVER, NvlinkTransport, clear_flags
 from flashtrain.comm.transport.pages import SharedPages
 from flashtrain.comm.transport.symmetric import SymmetricBuffer
+from flashtrain.errors import first_line
 
 log = logging.getLogger("flashtrain.comm")
 
@@ -45,7 +46,7 @@ def connect(
         import_module("flashtrain._core").load_driver(DRIVER)
         facts = symmetric.facts(device)
     except (ImportError, OSError, RuntimeError) as error:
-        facts = f"error:{_first_line(error)}"
+        facts = f"error:{first_line(error)}"
     why_not = symmetric.refusal(exchange(facts))
     if why_not:
         return None, why_not
@@ -64,7 +65,7 @@ def connect(
                 clear_flags(table.memory.view(torch.int32), world)
                 quiesce()
             except RuntimeError as error:
-                failure = _first_line(error)
+                failure = first_line(error)
             why_not = agree(failure or pages.problem)
         if why_not or table is None or pages.words is None:
             return None, why_not
@@ -85,7 +86,7 @@ def connect(
                 in_graphs=in_graphs,
             )
         except RuntimeError as error:
-            failure = _first_line(error)
+            failure = first_line(error)
         return made, agree(failure)
 
     transport, why_not = make(in_graphs=False)
@@ -94,7 +95,7 @@ def connect(
         try:
             transport.trial(device)
         except RuntimeError as error:
-            failure = _first_line(error)
+            failure = first_line(error)
         why_not = agree(failure)
     if graphs and not why_not and transport is not None:
         transport.captured, why_not = make(in_graphs=True)
@@ -111,9 +112,5 @@ def _without_kernels(device: torch.device) -> str:
     try:
         import_module("flashtrain.kernels.overlapped_matmul.prepared")
     except ImportError as error:
-        return _first_line(error)
+        return first_line(error)
     return ""
-
-
-def _first_line(error: Exception) -> str:
-    return next(iter(str(error).splitlines()), type(error).__name__)

@@ -9,7 +9,7 @@ from torch import Tensor
 from flashtrain.comm import groups
 from flashtrain.comm.schedule import Expect, Schedule, Send
 from flashtrain.comm.transport.base import Exchange, Transport, capturing, clock
-from flashtrain.errors import TransportError
+from flashtrain.errors import TransportError, first_line
 
 
 class GroupTransport(Transport):
@@ -75,7 +75,7 @@ class _GroupExchange(Exchange):
             works = dist.batch_isend_irecv(batch)
         except RuntimeError as error:
             chunk, peer = (leaving[0][:2]) if leaving else (arriving[0][:2])
-            raise TransportError(f"{self.describe(step, chunk, peer)}: {_first_line(error)}") from error
+            raise TransportError(f"{self.describe(step, chunk, peer)}: {first_line(error)}") from error
         if len(works) < len(batch):
             works = works * len(batch)  # NCCL answers for the whole batch with one handle
         self._leaving += [(step, send, work) for send, work in zip(leaving, works, strict=False)]
@@ -95,7 +95,7 @@ class _GroupExchange(Exchange):
             else:
                 work.wait()
         except RuntimeError as error:
-            raise TransportError(f"{self.describe(step, chunk, peer)}: {_first_line(error)}") from error
+            raise TransportError(f"{self.describe(step, chunk, peer)}: {first_line(error)}") from error
 
     def _close(self) -> None:
         for step, send, work in self._leaving:
@@ -106,7 +106,3 @@ class _GroupExchange(Exchange):
         # torch.distributed holds references to the tensors of unfinished work.
         self._leaving.clear()
         self._arriving.clear()
-
-
-def _first_line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0] if str(error).strip() else type(error).__name__
