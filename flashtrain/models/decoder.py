@@ -1,31 +1,25 @@
 """A Llama-style decoder: RMSNorm, grouped-query attention with rotary positions, SwiGLU."""
 
 from dataclasses import dataclass
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
 from flashtrain.errors import UserError
-from flashtrain.nn.attention import Attention, Llama3Scaling, rotary_table
+from flashtrain.nn.attention import Attention
+from flashtrain.nn.block import Block
+from flashtrain.nn.flops import forward_flops
 from flashtrain.nn.loss import CrossEntropy
 from flashtrain.nn.mlp import PACKING, SwiGLU
+from flashtrain.nn.rotary import Llama3Scaling, rotary_table
 
 
-class Block(nn.Module):
-    """``x + attention(norm(x))``, then ``x + mlp(norm(x))``."""
+class Past(NamedTuple):
+    """What a decoder remembers of the ``tokens`` so far: what each layer's ``extend`` gave."""
 
-    def __init__(self, config: "Decoder.Config") -> None:
-        super().__init__()
-        self.attention_norm = nn.RMSNorm(config.hidden, eps=config.norm_epsilon)
-        self.attention = Attention(
-            config.hidden, config.heads, config.kv_heads, config.head_dim, config.qkv_bias
-        )
-        self.mlp_norm = nn.RMSNorm(config.hidden, eps=config.norm_epsilon)
-        self.mlp = SwiGLU(config.hidden, config.mlp_width)
-
-    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
-        x = x + self.attention(self.attention_norm(x), rotary)
-        return x + self.mlp(self.mlp_norm(x))
+    tokens: int
+    layers: list[Any]
 
 
 class Decoder(nn.Module):
@@ -99,7 +93,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary, config.hidden)
-        self.layers = nn.ModuleList(Block(config) for _ in range(config.layers))
+        self.layers = nn.ModuleList(self._block() for _ in range(config.layers))
         self.norm = nn.RMSNorm(config.hidden, eps=config.norm_epsilon)
         self.head = nn.Linear(config.hidden, config.vocabulary, bias=False)
         if config.tied_embeddings:
@@ -120,17 +114,44 @@ class Decoder(nn.Module):
             elif name.endswith(".bias"):
                 nn.init.zeros_(parameter)
 
+    def _block(self) -> Block:
+        config = self.config
+        attention = Attention(config.hidden, config.heads, config.kv_heads, config.head_dim, config.qkv_bias)
+        mlp = SwiGLU(config.hidden, config.mlp_width)
+        return Block(attention, mlp, config.hidden, config.norm_epsilon)
+
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """``tokens [S, B]`` -> logits ``[S, B, V]``, or with ``targets [S, B]`` the mean loss in nats."""
-        config = self.config
-        rotary = rotary_table(
-            tokens.shape[0], config.head_dim, config.rope_theta, tokens.device, config.rope_scaling
-        )
+        rotary = self._rotary(tokens)
         x = self.embedding(tokens)
         for layer in self.layers:
             x = layer(x, rotary)
         logits = self.head(self.norm(x))
         return logits if targets is None else self.loss(logits, targets)
+
+    def extend(self, tokens: Tensor, past: Past | None = None) -> tuple[Tensor, Past]:
+        """``tokens [S, B]`` that follow those of ``past`` -> their logits ``[S, B, V]``, and the new past."""
+        before = 0 if past is None else past.tokens
+        rotary = self._rotary(tokens, before)
+        x, states = self.embedding(tokens), []
+        for index, layer in enumerate(self.layers):
+            before_it = None if past is None else past.layers[index]
+            x, state = layer.extend(x, rotary, before_it)  # type: ignore[operator]
+            states.append(state)
+        return self.head(self.norm(x)), Past(before + tokens.shape[0], states)
+
+    def _rotary(self, tokens: Tensor, before: int = 0) -> Tensor:
+        config = self.config
+        return rotary_table(
+            tokens.shape[0], config.head_dim, config.rope_theta, tokens.device, config.rope_scaling, before
+        )
+
+    def flops_per_token(self, sequence: int) -> float:
+        """FLOPs of training on one token, forward and backward, in sequences of ``sequence`` tokens.
+
+        Recomputed activations do not count.
+        """
+        return 3.0 * sum(forward_flops(child, sequence) for child in self.children())
 
     def parameter_count(self, embedding: bool = True) -> int:
         """Parameters in all, or without the input embedding, of the whole model on any rank.

@@ -24,12 +24,17 @@ def generate(
     draw = torch.Generator().manual_seed(seed)
     tokens = list(prompt)
     device = model.embedding.weight.device
+    past, unread = None, tokens[-context:]
     for _ in range(count):
-        window = torch.tensor(tokens[-context:], device=device).unsqueeze(1)
-        logits = model(window)[-1, 0].float().cpu()
+        if past is not None and past.tokens == context:
+            # The window moves: every token in it gets a new position and loses the first of its past.
+            past, unread = None, tokens[-context:]
+        logits, past = model.extend(torch.tensor(unread, device=device).unsqueeze(1), past)
+        last = logits[-1, 0].float().cpu()
         if temperature == 0:
-            tokens.append(int(logits.argmax()))
+            token = int(last.argmax())
         else:
-            probabilities = (logits / temperature).softmax(-1)
-            tokens.append(int(torch.multinomial(probabilities, 1, generator=draw)))
+            token = int(torch.multinomial((last / temperature).softmax(-1), 1, generator=draw))
+        tokens.append(token)
+        unread = [token]
     return tokens[len(prompt) :]

@@ -13,8 +13,8 @@ from torch import Tensor
 
 from flashtrain.errors import UserError
 from flashtrain.models.decoder import Decoder
-from flashtrain.nn.attention import Llama3Scaling
 from flashtrain.nn.mlp import PACKING
+from flashtrain.nn.rotary import Llama3Scaling
 
 TABLE, HEAD = "model.embed_tokens.weight", "lm_head.weight"
 

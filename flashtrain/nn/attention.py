@@ -1,60 +1,42 @@
 """Causal self-attention with grouped queries and rotary positions, on one packed projection."""
 
-import math
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
 from torch.nn.functional import scaled_dot_product_attention
 
+from flashtrain.nn.rotary import rotate
 
-@dataclass(frozen=True, kw_only=True)
-class Llama3Scaling:
-    """Rotary positions for a longer context, as in Llama 3.1 (arXiv 2407.21783); the defaults are its own.
 
-    A pair that turns less than ``low_freq_factor`` times in ``original_max_position_embeddings`` tokens
-    turns ``factor`` times slower; one that turns more than ``high_freq_factor`` times stays; between the
-    two the frequency is interpolated.
+class Heads(NamedTuple):
+    """What attention takes: ``query [B, H, S, D]``, ``key`` and ``value [B, kv heads, T, D]``, T >= S.
+
+    Positions are in query and key already. The S queries are those of the last S of the T tokens.
     """
 
-    factor: float = 8.0
-    low_freq_factor: float = 1.0
-    high_freq_factor: float = 4.0
-    original_max_position_embeddings: int = 8192
-
-    def scale(self, frequency: Tensor) -> Tensor:
-        """``frequency [head_dim / 2]`` in radians per token -> the same, scaled."""
-        turns = self.original_max_position_embeddings * frequency / (2 * math.pi)
-        kept = (turns - self.low_freq_factor) / (self.high_freq_factor - self.low_freq_factor)
-        kept = kept.clamp(0.0, 1.0)
-        return frequency * (kept + (1.0 - kept) / self.factor)
+    query: Tensor
+    key: Tensor
+    value: Tensor
 
 
-def rotary_table(
-    sequence: int,
-    head_dim: int,
-    theta: float,
-    device: torch.device | None = None,
-    scaling: Llama3Scaling | None = None,
-) -> Tensor:
-    """Cosine and sine ``[2, sequence, head_dim]`` for ``rotate``, fp32 (RoFormer, arXiv 2104.09864).
+class KeyValues(NamedTuple):
+    """Final keys and values ``[B, kv heads, T, D]`` of the T tokens so far: a layer's KV cache."""
 
-    The two halves of a head hold the pairs' first and second elements, as in Llama checkpoints on
-    Hugging Face.
-    """
-    frequency = theta ** (-torch.arange(0, head_dim, 2, dtype=torch.float64, device=device) / head_dim)
-    if scaling is not None:
-        frequency = scaling.scale(frequency)
-    angle = torch.arange(sequence, dtype=torch.float64, device=device)[:, None] * frequency
-    angle = torch.cat([angle, angle], dim=-1)
-    return torch.stack([angle.cos(), angle.sin()]).float()
+    key: Tensor
+    value: Tensor
 
 
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate ``x [..., sequence, head_dim]`` by the positions of ``table [2, sequence, head_dim]``."""
-    cosine, sine = table.to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return x * cosine + torch.cat([-second, first], dim=-1) * sine
+def attend(heads: Heads) -> Tensor:
+    """Causal attention ``[B, H, S, D]``; query head h meets KV head ``h // (H / kv heads)``."""
+    query, key, value = heads
+    group, new, all_tokens = query.shape[1] // key.shape[1], query.shape[2], key.shape[2]
+    if group > 1:
+        key, value = (kv.repeat_interleave(group, dim=1) for kv in (key, value))
+    if new in (1, all_tokens):
+        return scaled_dot_product_attention(query, key, value, is_causal=new > 1)
+    earlier = torch.ones(new, all_tokens, dtype=torch.bool, device=query.device).tril(all_tokens - new)
+    return scaled_dot_product_attention(query, key, value, attn_mask=earlier)
 
 
 class Attention(nn.Module):
@@ -72,7 +54,21 @@ class Attention(nn.Module):
         self.out = nn.Linear(heads * head_dim, hidden, bias=False)
 
     def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
-        """``x [S, B, hidden]`` or ``[S·B, hidden]`` -> the same; ``rotary [2, S, head_dim]``.
+        """``x [S, B, hidden]`` or ``[S·B, hidden]`` -> the same; ``rotary [2, S, head_dim]``."""
+        return self._close(attend(self.project(x, rotary)))
+
+    def extend(self, x: Tensor, rotary: Tensor, past: KeyValues | None) -> tuple[Tensor, KeyValues]:
+        """``x [S, B, hidden]`` after the tokens of ``past`` -> output and the longer cache.
+
+        ``rotary`` are the positions of x alone. In pieces or at once a sequence gives the same output.
+        """
+        query, key, value = self.project(x, rotary)
+        if past is not None:
+            key, value = torch.cat([past.key, key], dim=2), torch.cat([past.value, value], dim=2)
+        return self._close(attend(Heads(query, key, value))), KeyValues(key, value)
+
+    def project(self, x: Tensor, rotary: Tensor) -> Heads:
+        """``x [S, B, hidden]`` or ``[S·B, hidden]`` -> its heads, rotated.
 
         How many heads there are is read off the projection, which may hold a share of them.
         """
@@ -82,8 +78,13 @@ class Attention(nn.Module):
         packed = packed.view(sequence, batch, -1, self.group + 2, self.head_dim).permute(1, 2, 3, 0, 4)
         query = rotate(packed[:, :, : self.group].flatten(1, 2), rotary)
         key = rotate(packed[:, :, self.group], rotary)
-        value = packed[:, :, self.group + 1]
-        if self.group > 1:
-            key, value = (kv.repeat_interleave(self.group, dim=1) for kv in (key, value))
-        mixed = scaled_dot_product_attention(query, key, value, is_causal=True)
+        return Heads(query, key, packed[:, :, self.group + 1])
+
+    def flops_per_token(self, sequence: int) -> float:
+        """FLOPs of one token forward: projections, and ``2 S d`` for meeting half of the keys on average."""
+        projections = 2.0 * (self.qkv.weight.numel() + self.out.weight.numel())
+        return projections + 2.0 * sequence * self.out.weight.shape[1]
+
+    def _close(self, mixed: Tensor) -> Tensor:
+        batch, _, sequence, _ = mixed.shape
         return self.out(mixed.permute(2, 0, 1, 3).reshape(sequence, batch, -1))

@@ -123,12 +123,14 @@ class Mamba2(nn.Module):
         size = (batch, self.heads, self.head_dim, self.states)
         return MixerState(tail, torch.zeros(size, dtype=wide, device=weight.device))
 
-    def flops_per_token(self, chunk: int = 128) -> float:
-        """FLOPs of one token forward: projections, and the recurrence in chunks of ``chunk`` tokens.
+    def flops_per_token(self, sequence: int, chunk: int = 128) -> float:
+        """FLOPs of one token forward: projections, and the recurrence in chunks of Q = ``chunk`` tokens.
 
         ``2 Q N G + 2 Q inner + 4 N inner`` for the recurrence: products within a chunk are counted whole,
-        not the causal half. Convolution, gate and norm are left out, as for attention.
+        not the causal half. Convolution, gate and norm are left out, as for attention. A sequence shorter
+        than a chunk is one of its own length.
         """
+        chunk = min(chunk, sequence)
         projections = 2.0 * (self.inputs.weight.numel() + self.out.weight.numel())
         within = 2.0 * chunk * (self.states * self.groups + self.inner)
         return projections + within + 4.0 * self.states * self.inner

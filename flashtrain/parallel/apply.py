@@ -47,7 +47,8 @@ def parallelize(
     if TENSOR in names and mesh[TENSOR].size() > 1:
         rows = tensor.Rows()
         shared = _shared_parameters(model)
-        parallelize_module(model, mesh[TENSOR], dict(_matched(model, plan or decoder_plan(rows))))
+        styles = _matched(model, plan) if plan else _complete(model, decoder_plan(rows))
+        parallelize_module(model, mesh[TENSOR], styles)
         _tie(model, shared)
         for name, module in model.named_modules():
             if isinstance(module, tensor._OverTensorGroup):
@@ -95,20 +96,35 @@ def _placements(parameter: Tensor) -> object:
 
 
 def _matched(model: nn.Module, plan: Mapping[str, ParallelStyle]) -> dict[str, ParallelStyle]:
-    modules = [name for name, _ in model.named_modules()]
     matched: dict[str, ParallelStyle] = {}
     for pattern, style in plan.items():
-        parts = pattern.split(".")
-        found = [
-            name
-            for name in modules
-            if len(name.split(".")) == len(parts)
-            and all(part in ("*", own) for part, own in zip(parts, name.split("."), strict=True))
-        ]
+        found = _named(model, pattern)
         if not found:
             raise UserError(f"the parallel plan names {pattern}, but the model has no such module")
         matched |= dict.fromkeys(found, style)
     return matched
+
+
+def _complete(model: nn.Module, plan: Mapping[str, ParallelStyle]) -> dict[str, ParallelStyle]:
+    """The part of ``plan`` that ``model`` has. Raises UserError for a weight matrix that no pattern names.
+
+    Such a one would be whole on every rank and see this rank's rows alone.
+    """
+    styles = {name: style for pattern, style in plan.items() for name in _named(model, pattern)}
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Linear | nn.Embedding) and name not in styles:
+            raise UserError(f"{name} has no style among those of decoder_plan: give parallelize a plan")
+    return styles
+
+
+def _named(model: nn.Module, pattern: str) -> list[str]:
+    parts = pattern.split(".")
+    return [
+        name
+        for name, _ in model.named_modules()
+        if len(name.split(".")) == len(parts)
+        and all(part in ("*", own) for part, own in zip(parts, name.split("."), strict=True))
+    ]
 
 
 def is_tensor_sharded(parameter: Tensor) -> bool:

@@ -21,7 +21,7 @@ from flashtrain.data import Corpus, PreparedData, open_source
 from flashtrain.data.source import HeldOut, resolved
 from flashtrain.data.tokenizer import keep_tokenizer
 from flashtrain.errors import Stopped, TransportError, UserError
-from flashtrain.metrics import Event, StepMetrics, peak_flops, peak_memory, training_flops_per_token
+from flashtrain.metrics import Event, StepMetrics, peak_flops, peak_memory
 from flashtrain.metrics.history import CONFIG
 from flashtrain.metrics.machine import describe_machine
 from flashtrain.models.decoder import Decoder
@@ -143,12 +143,7 @@ class Trainer:
 
         self.model = Decoder(config.model, torch.Generator().manual_seed(train.seed))
         self.parameter_count = self.model.parameter_count()
-        self.flops_per_token = training_flops_per_token(
-            self.model.parameter_count(embedding=False),
-            config.model.layers,
-            train.sequence,
-            config.model.hidden,
-        )
+        self.flops_per_token = self.model.flops_per_token(train.sequence)
         dtype = getattr(torch, train.dtype)
         name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
         self.peak = peak_flops(name, dtype)

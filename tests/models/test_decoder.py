@@ -9,7 +9,7 @@ from torch import Tensor
 
 from flashtrain.errors import UserError
 from flashtrain.models.decoder import Decoder
-from flashtrain.nn.attention import Llama3Scaling
+from flashtrain.nn.rotary import Llama3Scaling
 
 CONFIG = Decoder.Config(vocabulary=50, hidden=48, layers=2, heads=6, kv_heads=2, mlp_width=128)
 
@@ -41,6 +41,16 @@ def test_logits_of_a_prefix_are_those_of_the_whole() -> None:
     model, given = decoder().double(), tokens(9, 2)
     with torch.no_grad():
         torch.testing.assert_close(model(given[:5]), model(given)[:5], rtol=1e-6, atol=1e-9)
+
+
+def test_tokens_in_pieces_give_the_logits_of_the_whole() -> None:
+    model, given = decoder().double(), tokens(9, 2)
+    with torch.no_grad():
+        first, past = model.extend(given[:4])
+        second, past = model.extend(given[4:5], past)
+        third, past = model.extend(given[5:], past)
+        assert past.tokens == 9
+        torch.testing.assert_close(torch.cat([first, second, third]), model(given), rtol=1e-6, atol=1e-9)
 
 
 def test_loss_is_the_cross_entropy_of_the_logits() -> None:

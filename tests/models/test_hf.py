@@ -12,7 +12,7 @@ from flashtrain.comm import transport
 from flashtrain.errors import UserError
 from flashtrain.models import hf
 from flashtrain.models.decoder import Decoder
-from flashtrain.nn.attention import Llama3Scaling
+from flashtrain.nn.rotary import Llama3Scaling
 from flashtrain.parallel import apply, mesh
 from flashtrain.train import convert, snapshot
 from tests.distributed import run_distributed

@@ -19,7 +19,7 @@ from flashtrain.errors import UserError
 from flashtrain.launch import main
 from flashtrain.launch.train import resolve
 from flashtrain.models.decoder import Decoder
-from flashtrain.nn.attention import Llama3Scaling
+from flashtrain.nn.rotary import Llama3Scaling
 from flashtrain.parallel.mesh import Degrees
 from flashtrain.train import convert, snapshot
 from flashtrain.train.settings import Training
