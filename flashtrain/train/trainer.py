@@ -21,22 +21,22 @@ from flashtrain.data import Corpus, PreparedData, open_source
 from flashtrain.data.source import HeldOut, resolved
 from flashtrain.data.tokenizer import keep_tokenizer
 from flashtrain.errors import Stopped, TransportError, UserError
-from flashtrain.metrics import Event, StepMetrics, peak_flops, peak_memory
+from flashtrain.metrics import Event, StepMetrics, peak_memory
 from flashtrain.metrics.history import CONFIG
 from flashtrain.metrics.machine import describe_machine
 from flashtrain.models.decoder import Decoder
 from flashtrain.parallel import mesh as meshes
 from flashtrain.parallel import sites
-from flashtrain.parallel.apply import parallelize
 from flashtrain.parallel.mesh import DATA, Degrees
-from flashtrain.train import carried, faults, ranks, snapshot
+from flashtrain.train import faults, ranks, snapshot
 from flashtrain.train import places as where
+from flashtrain.train.build import build_model, build_step, start_from
 from flashtrain.train.callbacks import Callback, Run
-from flashtrain.train.faults import Fault, FaultPlan
+from flashtrain.train.faults import Fault
 from flashtrain.train.optimizer import AdamW
 from flashtrain.train.settings import Checkpointing, Training
 from flashtrain.train.skips import SkipRule
-from flashtrain.train.step import Batch, StepResult, TrainStep, mean_over_data
+from flashtrain.train.step import Batch, StepResult, mean_over_data
 from flashtrain.train.stopping import StopRequest
 from flashtrain.train.stragglers import Stragglers
 from flashtrain.train.summary import Summary
@@ -141,38 +141,19 @@ class Trainer:
         self.unigram_entropy = held_out.unigram_entropy
         self.held_out = self._evaluation_batches(held_out)
 
-        self.model = Decoder(config.model, torch.Generator().manual_seed(train.seed))
-        self.parameter_count = self.model.parameter_count()
-        self.flops_per_token = self.model.flops_per_token(train.sequence)
-        dtype = getattr(torch, train.dtype)
-        name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
-        self.peak = peak_flops(name, dtype)
-        self.model.to(device=device, dtype=dtype)
-        parallelize(self.model, self.mesh)
-        self._start_from(train.init_from)
-        self.optimizer = AdamW(self.model, self.mesh, config.optimizer)
+        built = build_model(config.model, train, self.mesh, device)
+        self.model, self.parameter_count = built.model, built.parameter_count
+        self.flops_per_token, self.peak = built.flops_per_token, built.peak
+        start_from(train.init_from, self.model, self.out)
+        self.step = build_step(self.model, self.mesh, config.optimizer, config.skip, config.faults, self.out)
+        self.optimizer, self.skips, self.faults = self.step.optimizer, self.step.skips, self.step.faults
+        self.stragglers = Stragglers(config.stragglers)
         checkpoints = self.out / snapshot.CHECKPOINTS
-        self.skips, self.stragglers = SkipRule(config.skip), Stragglers(config.stragglers)
-        self.faults = FaultPlan(config.faults, dist.get_rank(), self.out, checkpoints)
-        self.step = TrainStep(self.model, self.mesh, self.optimizer, self.skips, self.faults)
         self.store = CheckpointStore(checkpoints, keep=config.checkpoint.keep)
         self.saver: BackgroundSaver | None = None
         if config.checkpoint.background:
             group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.comm.timeout))
             self.saver = BackgroundSaver(CheckpointStore(checkpoints, config.checkpoint.keep, group))
-
-    def _start_from(self, source: Path | None) -> None:
-        """Take over the weights of ``source``, unless the run has a checkpoint of its own.
-
-        Before the optimizer is made, which takes its masters from the weights.
-        """
-        if source is None or CheckpointStore(self.out / snapshot.CHECKPOINTS).latest() is not None:
-            return
-        path = snapshot.find(source)
-        snapshot.load_weights(path, self.model)
-        log.info("starting with the weights of %s", path)
-        if dist.get_rank() == 0 and (came := carried.find(path)) is not None:
-            carried.copy(came, self.out / carried.FOLDER, carried.ALL)
 
     def _resume(self) -> tuple[int, dict[str, Any]]:
         path = self.store.latest()

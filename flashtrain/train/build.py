@@ -1,0 +1,79 @@
+"""From settings to a model on the mesh and the step that trains it."""
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+import torch.distributed as dist
+from torch.distributed.device_mesh import DeviceMesh
+
+from flashtrain.checkpoint import CheckpointStore
+from flashtrain.metrics import peak_flops
+from flashtrain.models.decoder import Decoder
+from flashtrain.parallel.apply import parallelize
+from flashtrain.train import carried, snapshot
+from flashtrain.train.faults import Fault, FaultPlan
+from flashtrain.train.optimizer import AdamW
+from flashtrain.train.settings import Training
+from flashtrain.train.skips import SkipRule
+from flashtrain.train.step import TrainStep
+
+log = logging.getLogger("flashtrain.train")
+
+
+@dataclass(frozen=True)
+class Built:
+    """A model on the mesh, and what is known of it as a whole: counts of the whole model on any rank.
+
+    ``peak`` is the device's dense peak in FLOP/s for the run's dtype; None: not known.
+    """
+
+    model: Decoder
+    parameter_count: int
+    flops_per_token: float
+    peak: float | None
+
+
+def build_model(config: Decoder.Config, train: Training, mesh: DeviceMesh, device: torch.device) -> Built:
+    """The plain model, drawn from ``train.seed`` alone, then moved to ``device`` and parallelised."""
+    model = Decoder(config, torch.Generator().manual_seed(train.seed))
+    built = describe(model, train, device)
+    model.to(device=device, dtype=getattr(torch, train.dtype))
+    parallelize(model, mesh)
+    return built
+
+
+def describe(model: Decoder, train: Training, device: torch.device) -> Built:
+    """What is known of ``model``, plain or parallelised."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu"
+    peak = peak_flops(name, getattr(torch, train.dtype))
+    return Built(model, model.parameter_count(), model.flops_per_token(train.sequence), peak)
+
+
+def start_from(source: Path | None, model: Decoder, out: Path) -> None:
+    """Take over the weights of ``source``, unless the run in ``out`` has a checkpoint of its own.
+
+    Before the optimizer is made, which takes its masters from the weights.
+    """
+    if source is None or CheckpointStore(out / snapshot.CHECKPOINTS).latest() is not None:
+        return
+    path = snapshot.find(source)
+    snapshot.load_weights(path, model)
+    log.info("starting with the weights of %s", path)
+    if dist.get_rank() == 0 and (came := carried.find(path)) is not None:
+        carried.copy(came, out / carried.FOLDER, carried.ALL)
+
+
+def build_step(
+    model: Decoder,
+    mesh: DeviceMesh,
+    optimizer: AdamW.Config,
+    skip: SkipRule.Config,
+    faults: Sequence[Fault],
+    out: Path,
+) -> TrainStep:
+    """The step with its optimizer, skip rule and fault plan; ``out`` is the run's folder."""
+    plan = FaultPlan(faults, dist.get_rank(), out, out / snapshot.CHECKPOINTS)
+    return TrainStep(model, mesh, AdamW(model, mesh, optimizer), SkipRule(skip), plan)
