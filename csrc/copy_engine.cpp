@@ -104,7 +104,7 @@ uint32_t CopyEngine::open(std::shared_ptr<const Program> program, const std::str
   }
   epoch_ = flight_->epoch;
   device_flags_ = device_flags;
-  first_ = behind_opening_ = signalled_ = false;
+  first_ = behind_opening_ = signalled_ = kept_ = false;
   pushed_.assign(flight_->program->sends.size(), false);
   awaited_.assign(flight_->program->arrivals.size(), false);
   if (!captured_ && epoch_ % kRefresh == 0) refresh_flags();
@@ -112,8 +112,7 @@ uint32_t CopyEngine::open(std::shared_ptr<const Program> program, const std::str
 }
 
 void CopyEngine::refresh_flags() {
-  driver_.check(driver_.stream_wait_event(copies_, begun_, 0), "cuStreamWaitEvent");
-  behind_opening_ = true;
+  come_after_opening();
   // Everything of the epoch before has been pushed, so its number is true of every column. The own row is
   // for signals of kernels, which come behind the opening on their stream.
   for (const FlagTable* table : {&host_, &device_}) {
@@ -144,9 +143,8 @@ void CopyEngine::push(const std::vector<uint32_t>& which, const std::vector<uint
   if (after == After::kStream) {
     order(copies_, ready_, stream_);
     behind_opening_ = true;
-  } else if (!behind_opening_) {
-    driver_.check(driver_.stream_wait_event(copies_, begun_, 0), "cuStreamWaitEvent");
-    behind_opening_ = true;
+  } else {
+    come_after_opening();
   }
   const uint64_t buffer = epoch_ % 2 * stride_;
   for (size_t number = 0; number < which.size(); ++number) {
@@ -169,6 +167,23 @@ void CopyEngine::push(const std::vector<uint32_t>& which, const std::vector<uint
                     "cuStreamWriteValue32");
     }
   }
+}
+
+void CopyEngine::come_after_opening() {
+  if (behind_opening_) return;
+  driver_.check(driver_.stream_wait_event(copies_, begun_, 0), "cuStreamWaitEvent");
+  behind_opening_ = true;
+}
+
+void CopyEngine::keep(uint64_t source, uint64_t offset, uint64_t bytes) {
+  check();
+  if (!flight_) throw std::logic_error("no operation is open");
+  if (offset > stride_ || bytes > stride_ - offset) throw std::invalid_argument("what is kept has no place in the landing buffer");
+  if (bytes == 0) return;
+  come_after_opening();
+  const DeviceAddress to = landings_[rank_] + epoch_ % 2 * stride_ + offset;
+  driver_.check(driver_.copy_on_device(to, source, bytes, copies_), "cuMemcpyDtoDAsync");
+  kept_ = true;
 }
 
 uint32_t CopyEngine::start(const FusedProduct& product, const std::string& site, uint64_t stream,
@@ -211,6 +226,12 @@ void CopyEngine::wait(uint32_t which) {
   const Message& message = flight_->program->arrivals[which];
   const uint64_t flag = host_.flag(rank_, message.peer, message.column + flight_->shift);
   driver_.check(driver_.stream_wait_value(stream_, flag, flight_->up, wait_flags_), "cuStreamWaitValue32");
+}
+
+void CopyEngine::wait_for_all() {
+  for (uint32_t arrival = 0; arrival < awaited_.size(); ++arrival) wait(arrival);
+  if (kept_) order(stream_, copied_, copies_);
+  kept_ = false;
 }
 
 void CopyEngine::close() {

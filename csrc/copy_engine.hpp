@@ -83,8 +83,13 @@ class CopyEngine {
   // epoch. It stays open, so that more can be done with what has landed, until close().
   uint32_t start(const FusedProduct& product, const std::string& site, uint64_t stream,
                  const std::vector<uint64_t>& given);
+  // Put what is this rank's own beside what lands: `bytes` from `source`, complete when the operation was opened, to
+  // `offset` in the landing buffer. It goes behind what was pushed before.
+  void keep(uint64_t source, uint64_t offset, uint64_t bytes);
   // Let the stream wait for arrival number `which`.
   void wait(uint32_t which);
+  // Let the stream wait for all arrivals, and for what is kept.
+  void wait_for_all();
   // End the operation: the stream waits for arrivals that nobody waited for, and for the pushes.
   void close();
   // The open operation will not be finished: from here on everything throws, on the peers too.
@@ -103,6 +108,7 @@ class CopyEngine {
   void push_signalled(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources);
   uint64_t signal(uint32_t send) const;
   void push(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources, After after);
+  void come_after_opening();
   bool follows(StreamHandle stream);
   void meet(const std::string& site);
   void wait_and_lower();
@@ -132,6 +138,7 @@ class CopyEngine {
   bool first_ = true;                    // there was no operation before
   bool device_flags_ = false, signalled_ = false;
   bool behind_opening_ = false;          // the copy stream comes after the opening
+  bool kept_ = false;                    // something is kept that the stream has not waited for
   std::vector<bool> pushed_, awaited_;
 };
 

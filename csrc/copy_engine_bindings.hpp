@@ -49,7 +49,9 @@ inline void bind_copy_engine(pybind11::module_& module) {
       .def("push_early", &CopyEngine::push_early)
       .def("start", &CopyEngine::start, py::arg("product"), py::arg("site"), py::arg("stream"), py::arg("given"),
            py::call_guard<py::gil_scoped_release>())
+      .def("keep", &CopyEngine::keep, py::arg("source"), py::arg("offset"), py::arg("bytes"))
       .def("wait", &CopyEngine::wait)
+      .def("wait_for_all", &CopyEngine::wait_for_all)
       .def("close", &CopyEngine::close)
       .def("abort", &CopyEngine::abort)
       .def("check", &CopyEngine::check)

@@ -69,11 +69,10 @@ def scattering(
                 arriving = {}
             exchange.transfer(index, leaving, arriving)
         slots = slots.view(plan.world, own.stop - own.start, *partials.shape[1:])
-        slots[plan.rank] = partials[own]
 
         def scattered() -> Tensor:
             _wait(exchange, plan)
-            return choice.ordered_sum(slots, scale)
+            return choice.ordered_sum(slots, scale, own=(plan.rank, partials[own]))
 
         yield scattered
 

@@ -26,16 +26,25 @@ _FEWEST_ROWS, _FEWEST_COLUMNS, _FEWEST_MULTIPLICATIONS = 4, 16, 16**3
 def product(x: Tensor, w: Tensor, out: Tensor) -> None:
     """``out [rows, N] = x [rows, K] · w [N, K]ᵀ``; the bits of a row do not depend on the number of rows."""
     rows, columns = x.shape[0], w.shape[0]
-    wide = max(columns, _FEWEST_COLUMNS)
-    tall = max(rows, _FEWEST_ROWS, _FEWEST_MULTIPLICATIONS // max(1, x.shape[1] * wide) + 1)
     if rows == 0:
         return
+    tall, wide = _filled(rows, columns, x.shape[1])
     if (tall, wide) == (rows, columns):
         torch.mm(x, w.t(), out=out)
         return
     x = pad(x, (0, 0, 0, tall - rows)) if tall > rows else x
     w = pad(w, (0, 0, 0, wide - columns)) if wide > columns else w
     out.copy_(torch.mm(x, w.t())[:rows, :columns])
+
+
+def plain(rows: int, columns: int, inner: int) -> bool:
+    """Whether a ``product`` of this size is ``torch.mm``, without filler."""
+    return rows > 0 and _filled(rows, columns, inner) == (rows, columns)
+
+
+def _filled(rows: int, columns: int, inner: int) -> tuple[int, int]:
+    wide = max(columns, _FEWEST_COLUMNS)
+    return max(rows, _FEWEST_ROWS, _FEWEST_MULTIPLICATIONS // max(1, inner * wide) + 1), wide
 
 
 class Gathered:

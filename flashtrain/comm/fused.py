@@ -47,8 +47,9 @@ class _Fused:
     _kernel: Any
 
     def __init__(self, mover: "NvlinkTransport", plan: Schedule, columns: int, x: Tensor, w: Tensor) -> None:
-        self.mover, self.plan = mover, plan
+        self.mover, self.plan, self.rows = mover, plan, plan.rows
         self.row_bytes = columns * x.itemsize
+        self.own_offset = plan.own_rows.start * self.row_bytes
         self.messages = mover.plan(plan, self.row_bytes)
         pitch = w.stride(0) if w.stride(1) == 1 else w.stride(1) if w.stride(0) == 1 else 1
         self._copies_weight = pitch * w.itemsize % _TMA_BYTES != 0
@@ -127,13 +128,14 @@ class FusedGather(_Fused):
         """``y [M, N]``; ``landed`` gets the gathered rows. Raises TransportError if a peer has failed."""
         started, mover = clock(), self.mover
         x_shard, w = self._operands(x_shard, w)
-        y = x_shard.new_empty(self.plan.rows, self.columns)
+        y = x_shard.new_empty(self.rows, self.columns)
         epoch = self._start([x_shard.data_ptr(), w.data_ptr(), y.data_ptr()], site)
         if landed is not None:
             try:
-                gathered = mover.arena.view(epoch, x_shard.dtype, (self.plan.rows, x_shard.shape[1]))
-                gathered[self.plan.own_rows] = x_shard
-                landed(gathered, False)
+                # Beside the kernel, which has it already.
+                mover.keep(x_shard.data_ptr(), self.own_offset, x_shard.nbytes, site)
+                mover.wait_for_all(site)
+                landed(mover.arena.view(epoch, x_shard.dtype, (self.rows, x_shard.shape[1])), False)
             except BaseException:
                 mover.abandon()
                 raise
@@ -192,7 +194,7 @@ class FusedScatter(_Fused):
         """The own rows ``[M/W, N]``. Raises TransportError if a peer has failed."""
         started, mover = clock(), self.mover
         x, w = self._operands(x, w)
-        partials = x.new_empty(self.plan.rows, self.columns)
+        partials = x.new_empty(self.rows, self.columns)
         out = x.new_empty(self.own_rows, self.columns)
         self._start([x.data_ptr(), w.data_ptr(), partials.data_ptr(), out.data_ptr()], site)
         mover.finish(site)

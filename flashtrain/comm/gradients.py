@@ -1,14 +1,23 @@
 """Gradients of the overlapped products, with their transfers beneath whole products."""
 
 from contextlib import ExitStack
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
 
 from flashtrain.comm import bulk, chunked, groups, transport
 from flashtrain.comm.products import gather_way, plan_of, rows_per_rank, scatter_way
-from flashtrain.comm.schedule import split_rows
-from flashtrain.comm.transport.base import clock
+from flashtrain.comm.schedule import Schedule, split_rows
+from flashtrain.comm.streamed import StreamedColumn
+from flashtrain.comm.transport.base import Transport, capturing, clock
+from flashtrain.comm.transport.nvlink import NvlinkTransport
+
+
+class Column(Protocol):
+    """``dx_shard [M/W, K] = RS(dy [M, N] · w [N, K])`` and ``dw [N, K] = dyᵀ · AG(x)``."""
+
+    def __call__(self, dy: Tensor, x: Tensor, w: Tensor, site: str) -> tuple[Tensor, Tensor]: ...
 
 
 def column(dy: Tensor, x: Tensor, w: Tensor, group: str, site: str, gathered: bool) -> tuple[Tensor, Tensor]:
@@ -17,29 +26,68 @@ def column(dy: Tensor, x: Tensor, w: Tensor, group: str, site: str, gathered: bo
     ``x`` is ``[M, K]`` where ``gathered``. Raises UserError if the shard does not fit M, TransportError
     if a peer fails.
     """
-    started, mover = clock(), transport.of(group, dy.device)
+    mover = transport.of(group, dy.device)
+    key = ("column", gathered, x.shape, dy.shape, dy.dtype, w.shape)
+    way: Column | None = mover.ways.get(key)
+    if way is None:
+        if dy.is_cuda and capturing():
+            raise mover.uncaptured(site)
+        way = _column_way(mover, key, dy, x, w, group, gathered)
+    return way(dy, x, w, site)
+
+
+def _column_way(
+    mover: Transport, key: tuple[Any, ...], dy: Tensor, x: Tensor, w: Tensor, group: str, gathered: bool
+) -> Column:
+    """How it is computed for tensors as these, kept in ``mover`` and in what takes its place in captures."""
     scatter = plan_of("reduce_scatter", split_rows(dy.shape[0], groups.resolve(group).size()), group)
     gather = None if gathered else plan_of("all_gather", rows_per_rank(x, group, dy.shape[0]), group)
-    if scatter.kind == "ring":
-        # What passes from rank to rank cannot all leave at once.
-        x_full = x if gather is None else chunked.gather(gather, x, group, site)
-        return scatter_way(dy, w.t(), group, site)(dy, w.t(), site), torch.mm(dy.t(), x_full)
-    with ExitStack() as under_way:
-        arrived = None
-        if gather is not None:
-            arrived = under_way.enter_context(bulk.gathering(gather, x, group, site))
-        computing = clock()
-        partials = dy.new_empty(dy.shape[0], w.shape[1])
-        chunked.product(dy, w.t(), partials)
-        computed = clock() - computing
-        total = under_way.enter_context(bulk.scattering(scatter, partials, group, site))
-        x_full = x if arrived is None else arrived()
-        computing = clock()
-        dw = torch.mm(dy.t(), x_full)
-        mover.traffic.computing += computed + clock() - computing
-        dx_shard = total()
-    mover.traffic.operating += clock() - started
-    return dx_shard, dw
+    lane = mover if gather is None else transport.of(group, dy.device, bulk.GATHERS)
+
+    def make(scatters: Transport | None, gathers: Transport | None) -> Column:
+        at_once = scatter.kind == "direct"
+        if at_once and isinstance(scatters, NvlinkTransport) and isinstance(gathers, NvlinkTransport):
+            return StreamedColumn(scatters, scatter, gathers, gather, dy, w)
+        return WholeColumn(scatter, gather, group)
+
+    if mover.captured is not None:
+        mover.captured.keep_way(key, make(mover.captured, lane.captured))
+    way: Column = mover.keep_way(key, make(mover, lane))
+    return way
+
+
+class WholeColumn:
+    """The gather under the product for dx, whose scatter is under the product for dw; on any transport.
+
+    Schedules that pass from rank to rank cannot send all at once, and go before and after the products.
+    """
+
+    def __init__(self, scatter: Schedule, gather: Schedule | None, group: str) -> None:
+        self.scatter, self.gather, self.group = scatter, gather, group
+
+    def __call__(self, dy: Tensor, x: Tensor, w: Tensor, site: str) -> tuple[Tensor, Tensor]:
+        """``dx_shard [M/W, K]`` and ``dw [N, K]``. Raises TransportError if a peer fails."""
+        started, mover = clock(), transport.of(self.group, dy.device)
+        if self.scatter.kind == "ring":
+            x_full = x if self.gather is None else chunked.gather(self.gather, x, self.group, site)
+            dx_shard = scatter_way(dy, w.t(), self.group, site)(dy, w.t(), site)
+            return dx_shard, torch.mm(dy.t(), x_full)
+        with ExitStack() as under_way:
+            arrived = None
+            if self.gather is not None:
+                arrived = under_way.enter_context(bulk.gathering(self.gather, x, self.group, site))
+            computing = clock()
+            partials = dy.new_empty(dy.shape[0], w.shape[1])
+            chunked.product(dy, w.t(), partials)
+            computed = clock() - computing
+            total = under_way.enter_context(bulk.scattering(self.scatter, partials, self.group, site))
+            x_full = x if arrived is None else arrived()
+            computing = clock()
+            dw = torch.mm(dy.t(), x_full)
+            mover.traffic.computing += computed + clock() - computing
+            dx_shard = total()
+        mover.traffic.operating += clock() - started
+        return dx_shard, dw
 
 
 def row(dy_shard: Tensor, x: Tensor, w: Tensor, group: str, site: str) -> tuple[Tensor, Tensor]:

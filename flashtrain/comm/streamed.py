@@ -1,33 +1,55 @@
-"""A gather with a product a chunk, as ``chunked`` does it, but prepared: on nvlink, for less host time.
+"""What ``chunked`` and ``bulk`` do, but prepared for fixed shapes: on nvlink, for less host time.
 
-The stream that computes waits for each chunk before its product; all copies are enqueued by one call.
+The stream that computes waits for arrivals between its products; every other step is one call into C++.
 """
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor
 
-from flashtrain.comm.chunked import Landed, product
+from flashtrain.comm.chunked import Landed, plain, product
 from flashtrain.comm.schedule import Schedule
 from flashtrain.comm.transport.base import clock
+from flashtrain.kernels.ordered_sum import choice
 
 if TYPE_CHECKING:
     from flashtrain.comm.transport.nvlink import NvlinkTransport
 
 
-class StreamedGather:
+class _Sending:
+    """Chunks with rows of ``row_bytes`` that leave from a tensor which begins at row ``first`` of all."""
+
+    def __init__(self, mover: "NvlinkTransport", plan: Schedule, row_bytes: int, first: int) -> None:
+        self.mover, self.plan, self.rows, self.own = mover, plan, plan.rows, plan.own_rows
+        self.messages = mover.plan(plan, row_bytes)
+        self.sends = list(range(len(self.messages.sends)))
+        self.offsets = [(plan.chunks[send.chunk].offset - first) * row_bytes for send in self.messages.sends]
+        self.own_offset = self.own.start * row_bytes
+
+    def begin(self, site: str) -> int:
+        return self.mover.begin(self.messages, site)
+
+    def sources(self, tensor: Tensor) -> list[int]:
+        begin = tensor.data_ptr()
+        return [begin + offset for offset in self.offsets]
+
+
+class StreamedGather(_Sending):
     """``y [M, N] = AG(x_shard [M/W, K]) · w [N, K]ᵀ`` for shards shaped as the one that it is made with."""
 
     def __init__(self, mover: "NvlinkTransport", plan: Schedule, x_shard: Tensor) -> None:
-        row_bytes = x_shard.shape[1] * x_shard.itemsize
-        self.mover, self.plan, self.own = mover, plan, plan.own_rows
-        self.messages = mover.plan(plan, row_bytes)
-        self._sends = list(range(len(self.messages.sends)))
-        first = self.own.start
-        self._offsets = [(plan.chunks[send.chunk].offset - first) * row_bytes for send in self.messages.sends]
+        first = plan.own_rows.start
+        super().__init__(mover, plan, x_shard.shape[1] * x_shard.itemsize, first)
         arriving = {expect.chunk: number for expect, number in self.messages.arrivals.items()}
-        # The rows of each chunk in schedule order, and the number of its arrival; none of the own.
-        self._chunks = [(plan.rows_in(s.compute), arriving.get(s.compute)) for s in plan.steps]
+        # The rows of each chunk in schedule order, where they are among the own ones, and the number of their
+        # arrival; none of the own.
+        self._chunks = []
+        for step in plan.steps:
+            rows = plan.rows_in(step.compute)
+            self._chunks.append(
+                (rows, slice(rows.start - first, rows.stop - first), arriving.get(step.compute))
+            )
 
     def on(self, mover: "NvlinkTransport", x_shard: Tensor, w: Tensor) -> "StreamedGather":
         """The same on another transport, for ``x_shard [M/W, K]`` and ``w [N, K]`` as those before."""
@@ -35,22 +57,23 @@ class StreamedGather:
 
     def __call__(self, x_shard: Tensor, w: Tensor, site: str, landed: Landed | None = None) -> Tensor:
         """``y [M, N]``; ``landed`` gets the gathered rows. Raises TransportError if a peer has failed."""
-        started, mover, first = clock(), self.mover, self.own.start
+        started, mover = clock(), self.mover
         x_shard = x_shard.contiguous()
-        y = x_shard.new_empty(self.plan.rows, w.shape[0])
-        epoch = mover.begin(self.messages, site)
+        y = x_shard.new_empty(self.rows, w.shape[0])
+        epoch = self.begin(site)
         try:
-            gathered = mover.arena.view(epoch, x_shard.dtype, (self.plan.rows, x_shard.shape[1]))
-            source = x_shard.data_ptr()
-            mover.push_early(self._sends, [source + offset for offset in self._offsets], site)
-            for rows, arrival in self._chunks:
+            gathered = mover.arena.view(epoch, x_shard.dtype, (self.rows, x_shard.shape[1]))
+            mover.push_early(self.sends, self.sources(x_shard), site)
+            if landed is not None:
+                mover.keep(x_shard.data_ptr(), self.own_offset, x_shard.nbytes, site)
+            for rows, inside, arrival in self._chunks:
                 if arrival is None:
-                    product(x_shard[rows.start - first : rows.stop - first], w, y[rows])
+                    product(x_shard[inside], w, y[rows])
                 else:
                     mover.wait(arrival, site)
                     product(gathered[rows], w, y[rows])
             if landed is not None:
-                gathered[self.own] = x_shard
+                mover.wait_for_all(site)
                 landed(gathered, False)
         except BaseException:
             mover.abandon()
@@ -58,3 +81,66 @@ class StreamedGather:
         mover.finish(site)
         mover.traffic.operating += clock() - started
         return y
+
+
+class StreamedColumn:
+    """Both gradients of a column product, as ``gradients.WholeColumn``; made for shapes, by their plans.
+
+    ``gather`` is None where x comes gathered; else it goes by ``gathers``, a transport of its own.
+    """
+
+    def __init__(
+        self,
+        scatters: "NvlinkTransport",
+        scatter: Schedule,
+        gathers: "NvlinkTransport",
+        gather: Schedule | None,
+        dy: Tensor,
+        w: Tensor,
+    ) -> None:
+        row_bytes = w.shape[1] * w.itemsize
+        self._scatter = _Sending(scatters, scatter, row_bytes, 0)
+        self._gather: _Sending | None = None
+        if gather is not None:
+            self._gather = _Sending(gathers, gather, row_bytes, gather.own_rows.start)
+        self._columns, self._plain = w.shape[1], plain(dy.shape[0], w.shape[1], w.shape[0])
+        own = scatter.own_rows
+        self._slots = scatter.world, own.stop - own.start, w.shape[1]
+
+    def __call__(self, dy: Tensor, x: Tensor, w: Tensor, site: str) -> tuple[Tensor, Tensor]:
+        """``dx_shard [M/W, K]`` and ``dw [N, K]``. Raises TransportError if a peer has failed."""
+        started, scatter, gather = clock(), self._scatter, self._gather
+        x, x_epoch = x.contiguous(), 0
+        partials = dy.new_empty(dy.shape[0], self._columns)
+        under_way = []
+        try:
+            if gather is not None:
+                x_epoch = gather.begin(site)
+                under_way.append(gather.mover)
+            # The product goes to the device before the copies, which need not wait for it.
+            if self._plain:
+                torch.mm(dy, w, out=partials)
+            else:
+                product(dy, w.t(), partials)
+            if gather is not None:
+                gather.mover.push_early(gather.sends, gather.sources(x), site)
+                gather.mover.keep(x.data_ptr(), gather.own_offset, x.nbytes, site)
+            epoch = scatter.begin(site)
+            under_way.append(scatter.mover)
+            scatter.mover.push(scatter.sends, scatter.sources(partials), site)
+            if gather is not None:
+                gather.mover.wait_for_all(site)
+                x = gather.mover.arena.view(x_epoch, x.dtype, (dy.shape[0], self._columns))
+            dw = torch.mm(dy.t(), x)
+            scatter.mover.wait_for_all(site)
+            slots = scatter.mover.arena.view(epoch, partials.dtype, self._slots)
+            dx_shard = choice.ordered_sum(slots, own=(scatter.plan.rank, partials[scatter.own]))
+            while under_way:
+                under_way[-1].finish(site)
+                under_way.pop()
+        except BaseException:
+            for mover in under_way:
+                mover.abandon()
+            raise
+        scatter.mover.traffic.operating += clock() - started
+        return dx_shard, dw

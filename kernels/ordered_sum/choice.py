@@ -8,19 +8,20 @@ import torch
 from torch import Tensor
 
 from flashtrain.kernels.ordered_sum import reference
+from flashtrain.kernels.ordered_sum.reference import Own
 
 log = logging.getLogger("flashtrain.kernels")
 
 
-def ordered_sum(slots: Tensor, scale: float = 1.0) -> Tensor:
-    """See ``reference.ordered_sum``."""
+def ordered_sum(slots: Tensor, scale: float = 1.0, own: Own | None = None) -> Tensor:
+    """See ``reference.ordered_sum``; ``slots`` and ``own`` are contiguous."""
     if slots.is_cuda and slots.dtype in (torch.bfloat16, torch.float16, torch.float32):
-        return _on_gpu()(slots, scale)
-    return reference.ordered_sum(slots, scale)
+        return _on_gpu()(slots, scale, own)
+    return reference.ordered_sum(slots, scale, own)
 
 
 @cache
-def _on_gpu() -> Callable[[Tensor, float], Tensor]:
+def _on_gpu() -> Callable[[Tensor, float, Own | None], Tensor]:
     try:
         from flashtrain.kernels.ordered_sum import triton
     except ImportError as error:

@@ -9,9 +9,9 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flashtrain.errors import UserError
+from flashtrain.kernels.launch import INTERPRETED, Argument, Matrix, Pointer, launch
 from flashtrain.kernels.overlapped_matmul.config import Config, default_config
 from flashtrain.kernels.overlapped_matmul.gather import gather_kernel
-from flashtrain.kernels.overlapped_matmul.launch import INTERPRETED, Argument, Matrix, Pointer, launch
 from flashtrain.kernels.overlapped_matmul.plan import Part, TilePlan, tile_plan
 from flashtrain.kernels.overlapped_matmul.scatter import scatter_kernel
 

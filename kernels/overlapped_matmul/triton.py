@@ -22,8 +22,8 @@ import torch
 from torch import Tensor
 
 from flashtrain.errors import UserError
+from flashtrain.kernels.launch import INTERPRETED
 from flashtrain.kernels.overlapped_matmul.config import Config, refusal
-from flashtrain.kernels.overlapped_matmul.launch import INTERPRETED
 from flashtrain.kernels.overlapped_matmul.plan import Part, TilePlan
 from flashtrain.kernels.overlapped_matmul.prepared import GatherMatmul, MatmulScatter
 

@@ -73,6 +73,7 @@ def interpreted() -> Iterator[None]:
 def load() -> SimpleNamespace:
     """The modules of ``overlapped_matmul``: kernels under the interpreter where there is no GPU."""
     with interpreted():
-        from flashtrain.kernels.overlapped_matmul import config, launch, plan, reference
+        from flashtrain.kernels import launch
+        from flashtrain.kernels.overlapped_matmul import config, plan, reference
         from flashtrain.kernels.overlapped_matmul import triton as kernels
     return SimpleNamespace(config=config, launch=launch, plan=plan, reference=reference, kernels=kernels)

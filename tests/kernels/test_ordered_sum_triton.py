@@ -17,7 +17,7 @@ from flashtrain.kernels.ordered_sum import triton as kernel  # noqa: E402
 if _before is None:
     os.environ.pop("TRITON_INTERPRET", None)
 
-SHAPES = [(4, 7, 13), (3, 0, 5), (2, 100, 50), (1, 3, 3), (8, 4097)]
+SHAPES = [(4, 7, 13), (3, 0, 5), (2, 100, 50), (1, 3, 3), (8, 4097), (3, 80, 64)]
 
 
 @pytest.mark.parametrize("shape", SHAPES)
@@ -28,7 +28,22 @@ def test_bits_equal_the_reference(shape: tuple[int, ...], dtype: torch.dtype, sc
     if dtype == torch.bfloat16 and not ON_GPU:
         # The interpreter cuts fp32 off to bf16 instead of rounding: whole numbers that fit need neither.
         slots, scale = slots.div(16).round(), 1.0
-    assert torch.equal(kernel.ordered_sum(slots, scale), reference.ordered_sum(slots, scale))
+    wanted = reference.ordered_sum(slots, scale)
+    assert torch.equal(kernel.ordered_sum(slots, scale), wanted)
+    for own in {0, shape[0] - 1}:
+        term = slots[own].clone()
+        replaced = slots.clone()
+        replaced[own] = float("nan")  # must not be read
+        for function in (kernel.ordered_sum, reference.ordered_sum, choice.ordered_sum):
+            assert torch.equal(function(replaced, scale, (own, term)), wanted)
+
+
+def test_addresses_that_allow_no_wide_loads() -> None:
+    memory = torch.arange(1 + 3 * 4128, dtype=torch.float32, device=DEVICE) % 61
+    slots, term = memory[1:].view(3, 4128), torch.ones(4129, device=DEVICE)[1:]
+    assert torch.equal(kernel.ordered_sum(slots), reference.ordered_sum(slots))
+    wanted = reference.ordered_sum(slots, own=(2, term))
+    assert torch.equal(kernel.ordered_sum(slots.clone(), own=(2, term)), wanted)
 
 
 def test_slots_are_added_in_order() -> None:

@@ -206,7 +206,7 @@ class NvlinkTransport(Transport):
         return epoch
 
     def begin(self, messages: Plan, site: str) -> int:
-        """Begin an operation by hand; returns its epoch. ``push_early`` and ``wait``, then ``finish``.
+        """Begin an operation by hand; returns its epoch. ``push`` or ``push_early``, wait, then ``finish``.
 
         Errors as of ``start``.
         """
@@ -216,13 +216,25 @@ class NvlinkTransport(Transport):
         )
         return epoch
 
+    def push(self, sends: list[int], sources: list[int], site: str) -> None:
+        """Push sends of these numbers, each from an address, behind what the stream now holds."""
+        self.call(self._engine.push, site, "push", sends, sources)
+
     def push_early(self, sends: list[int], sources: list[int], site: str) -> None:
-        """Push sends of these numbers, each from an address where it was complete at the beginning."""
-        self.call(self._engine.push_early, site, "all_gather", sends, sources)
+        """The same at once, for what was complete at the beginning."""
+        self.call(self._engine.push_early, site, "push", sends, sources)
+
+    def keep(self, source: int, offset: int, nbytes: int, site: str) -> None:
+        """Put what is this rank's own, complete at the beginning, into its landing buffer; behind pushes."""
+        self.call(self._engine.keep, site, "keep", source, offset, nbytes)
 
     def wait(self, arrival: int, site: str) -> None:
         """Let the stream wait for the arrival of this number."""
-        self.call(self._engine.wait, site, "all_gather", arrival)
+        self.call(self._engine.wait, site, "wait", arrival)
+
+    def wait_for_all(self, site: str) -> None:
+        """Let the stream wait for all arrivals, and for what is kept."""
+        self.call(self._engine.wait_for_all, site, "wait")
 
     def finish(self, site: str) -> None:
         """End the operation that was begun, once its stream has nothing more to do with what landed."""

@@ -372,5 +372,49 @@ class Fused:
             assert torch.equal(found, contribution(schedule, peer, expect.chunk, salt)), (salt, expect)
 
 
+class Kept:
+    """A gather by hand, with the own rows put beside those of the others. ``feed`` and ``after`` as above."""
+
+    def __init__(self, transport: NvlinkTransport, stream: Stream, schedule: Schedule, salt: int) -> None:
+        self.schedule, self.stream, self.salt = schedule, stream, salt
+        self.own, plan = schedule.own_rows, transport.plan(schedule, 12)
+        self.source = self.rows(schedule.rank, salt)
+        leaving = torch.zeros_like(self.source)
+        self.seen = torch.zeros(schedule.rows, 3, dtype=torch.int32)
+        garbage = torch.full((schedule.rows, 3), -1, dtype=torch.int32)
+        _mapped.append((self, leaving, garbage))
+        stream.copy(leaving, self.source)
+        epoch, first = transport.begin(plan, "by hand"), leaving.data_ptr()
+        landed = transport.arena.view(epoch, torch.int32, (schedule.rows, 3))
+        offsets = [12 * (schedule.chunks[send.chunk].offset - self.own.start) for send in plan.sends]
+        transport.push_early(list(range(len(offsets))), [first + offset for offset in offsets], "by hand")
+        transport.keep(first, 12 * self.own.start, leaving.nbytes, "by hand")
+        transport.wait_for_all("by hand")
+        stream.copy(self.seen, landed)
+        stream.copy(landed, garbage)  # nobody else's, until the end
+        transport.finish("by hand")
+        stream.copy(leaving, garbage[: len(leaving)])  # its next owner
+
+    def rows(self, rank: int, salt: int) -> Tensor:
+        rows = self.schedule.rows_of(rank)
+        numbers = torch.arange(3 * (rows.stop - rows.start), dtype=torch.int32)
+        return numbers.view(-1, 3) + rank * 4096 + salt * 1_000_000
+
+    def feed(self, salt: int) -> None:
+        _mapped.append(fresh := self.rows(self.schedule.rank, salt))
+        self.salt = salt
+        self.stream.copy(self.source, fresh)
+
+    def after(self) -> Callable[[], None]:
+        _mapped.append(seen := torch.zeros_like(self.seen))
+        self.stream.copy(seen, self.seen)
+        return partial(self.check, self.salt, seen)
+
+    def check(self, salt: int | None = None, seen: Tensor | None = None) -> None:
+        salt, seen = self.salt if salt is None else salt, self.seen if seen is None else seen
+        wanted = torch.cat([self.rows(rank, salt) for rank in range(self.schedule.world)])
+        assert torch.equal(seen, wanted), salt
+
+
 def random_rows(choice: random.Random, world: int) -> tuple[int, ...]:
     return tuple(choice.choice((0, 1, 7, 64, 300)) for _ in range(world))

@@ -136,6 +136,7 @@ def graphed(rank: int, world: int) -> int:
 def refused(rank: int, world: int) -> list[str]:
     """What is said of captures without ``graphs``, and with them of shapes that have not run before."""
     messages = []
+    torch.cuda.set_device(rank)
     x, w = (draw(rank, 128, 64, dtype=torch.bfloat16) for _ in range(2))
     for graphs in (False, True):
         group, _ = start(rank, graphs=graphs)

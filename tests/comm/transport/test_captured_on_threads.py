@@ -16,7 +16,7 @@ from flashtrain.comm.transport import group, nvlink
 from flashtrain.comm.transport.nvlink import NvlinkTransport
 from flashtrain.errors import TransportError, UserError
 from tests.comm.transport import fake_gpu
-from tests.comm.transport.fake_gpu import Fused, Graph, Operation, Ranks, Stream
+from tests.comm.transport.fake_gpu import Fused, Graph, Kept, Operation, Ranks, Stream
 
 pytest.importorskip("flashtrain._core", reason="the C++ extension is not built")
 
@@ -100,7 +100,10 @@ def test_every_schedule_can_be_replayed(world: int) -> None:
         for build, kind, subchunks in product((all_gather, reduce_scatter), ("direct", "ring"), (1, 3)):
             schedules.append(build(rows, rank, kind=kind, subchunks=subchunks))
         with stream.capture() as graph:
-            operations = [Operation(captured, stream, one, salt) for salt, one in enumerate(schedules)]
+            operations: list[Operation | Kept] = [
+                Operation(captured, stream, one, salt) for salt, one in enumerate(schedules)
+            ]
+            operations += [Kept(captured, stream, all_gather(rows, rank), 50) for _ in range(2)]
         checks = []
         for salt in range(1, 8):
             if delays.random() < 0.3:

@@ -20,7 +20,7 @@ from flashtrain.comm.transport.nvlink import NvlinkTransport
 from flashtrain.comm.transport.symmetric import SymmetricBuffer
 from flashtrain.errors import TransportError, UserError
 from tests.comm.transport import fake_gpu
-from tests.comm.transport.fake_gpu import Fused, Operation, Ranks, Stream, contribution, random_rows
+from tests.comm.transport.fake_gpu import Fused, Kept, Operation, Ranks, Stream, contribution, random_rows
 
 pytest.importorskip("flashtrain._core", reason="the C++ extension is not built")
 
@@ -96,6 +96,27 @@ def test_flags_that_went_unused_for_two_thousand_million_operations() -> None:
         assert on_host[rank] == on_device[rank] == on_device[1 - rank] == [2**30 - 1] * 256
 
     Ranks(2).run(main)
+
+
+@pytest.mark.parametrize("world", [2, 3])
+def test_own_rows_are_put_beside_those_that_land(world: int) -> None:
+    fake_gpu.delay(20, slowness=30)
+
+    def main(rank: int, ranks: Ranks) -> None:
+        stream, delays = Stream(), random.Random(rank)
+        transport = ranks.connect(rank, stream)
+        operations = []
+        for salt in range(60):
+            if delays.random() < 0.2:
+                stream.sleep(delays.randrange(3000))
+            rows = tuple(0 if (peer + salt) % 4 == 0 else 20 + peer for peer in range(world))
+            plan = all_gather(rows, rank, subchunks=1 + salt % 3)
+            operations.append(Kept(transport, stream, plan, salt))
+        stream.synchronize()
+        for operation in operations:
+            operation.check()
+
+    Ranks(world).run(main)
 
 
 def test_streams_may_change_between_operations() -> None:
