@@ -342,7 +342,7 @@ def _jitted(product: Product, run: Bench, flags: Tensor) -> Call:
         product.kernel[(product.blocks,)](
             TensorDescriptor.from_tensor(x[run.own], x_block), TensorDescriptor.from_tensor(x, x_block),
             TensorDescriptor.from_tensor(w, w_block), TensorDescriptor.from_tensor(out, out_block),
-            flags, flags, run.words["stop"], plan.records, run.epoch, product.tiles, product.column_tiles,
+            flags, run.words["stop"], plan.records, run.epoch, product.tiles, product.column_tiles,
             product.steps, product.columns, **product._constants,
             num_warps=config.warps, num_stages=config.stages,
         )  # fmt: skip

@@ -1,4 +1,8 @@
-"""Both gradients of an overlapped product, through autograd, against NCCL and cuBLAS by hand.
+"""Both gradients of an overlapped product against NCCL and cuBLAS, by hand and through autograd.
+
+By hand nothing but the collectives and products is called, or the op's own function for both gradients.
+Autograd adds to either what its engine costs, a change of threads and back a call among it; in a model's
+backward pass many calls share that.
 
 column   dx_shard = RS(dy · w)      dw = dyᵀ · AG(x_shard)
 row      dx = AG(dy_shard) · w      dw = AG(dy_shard)ᵀ · x
@@ -13,6 +17,8 @@ from on_gpu.products import TOLERANCE, Product
 from on_gpu.ranks import Budget, Ranks
 from on_gpu.report import Report
 from torch import Tensor
+
+from flashtrain.comm import ops
 
 
 def measure(ranks: Ranks, report: Report) -> None:
@@ -30,19 +36,31 @@ def measure(ranks: Ranks, report: Report) -> None:
 
 
 def _row(product: Product, seconds: float) -> dict[str, Any]:
-    calls = {"gemm": _plain(product), "nccl": _by_hand(product), "ours": _through_autograd(product)}
+    by_collectives = _by_hand(product)
+    calls = {
+        "gemm": _plain(product),
+        "nccl": by_collectives,
+        "ours": _ours(product),
+        "nccl, autograd": _through_autograd(product, product.sequential_with_gradient()),
+        "ours, autograd": _through_autograd(product, product.ours()),
+    }
     product.warm_up(calls)
-    difference = _difference(product, calls["ours"], calls["nccl"])
+    difference = _difference(product, calls["ours"], by_collectives)
     modes = {
         "launch_free": launch_free(calls, product.ranks, seconds=seconds / 2, sets=product.count),
         "host_issued": host_issued(calls, product.ranks, seconds=seconds / 4, sets=product.count),
     }
     ms = {mode: {name: t.summary() for name, t in measured.items()} for mode, measured in modes.items()}
+
+    def ratio(one: str, other: str) -> dict[str, float]:
+        return {mode: round(s[one]["median"] / s[other]["median"], 4) for mode, s in ms.items()}
+
     return product.describe() | {
         "difference": difference,
         "ms": ms,
-        "G": {mode: round(s["gemm"]["median"] / s["ours"]["median"], 4) for mode, s in ms.items()},
-        "over_nccl": {mode: round(s["nccl"]["median"] / s["ours"]["median"], 4) for mode, s in ms.items()},
+        "G": ratio("gemm", "ours"),
+        "over_nccl": ratio("nccl", "ours"),
+        "over_nccl_with_autograd": ratio("nccl, autograd", "ours, autograd"),
     }
 
 
@@ -71,8 +89,18 @@ def _by_hand(product: Product) -> Call:
     return column if product.site.style == "column" else row
 
 
-def _through_autograd(product: Product) -> Call:
-    forward = product.ours()
+def _ours(product: Product) -> Call:
+    name, label = product.ranks.ours, product.label
+    gradients = ops.column_gradients if product.site.style == "column" else ops.row_gradients
+
+    def call(number: int) -> tuple[Tensor, Tensor]:
+        inputs = product.sets[number]
+        return gradients(inputs.dy, inputs.x.detach(), inputs.w.detach(), name, label)
+
+    return call
+
+
+def _through_autograd(product: Product, forward: Call) -> Call:
     graphs = [forward(number) for number in range(product.count)]
 
     def call(number: int) -> tuple[Tensor, ...]:

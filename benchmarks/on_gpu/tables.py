@@ -18,7 +18,7 @@ def show(data: Data, console: Console) -> None:
     for name, part in parts.items():
         if part["rows"]:
             modes = ("graph",) if name == "graph" else ("launch_free", "host_issued")
-            for mode in modes if shown[name] is _forward else ("",):
+            for mode in modes if shown[name] in (_forward, _backward) else ("",):
                 console.print(shown[name](part["rows"], mode))
         for system, reason in part.get("absent", {}).items():
             console.print(f"{name}: no {system} at {part['at']}: {reason}", markup=False)
@@ -87,20 +87,15 @@ def _host(rows: Sequence[Data], _: str) -> Table:
     return table
 
 
-def _backward(rows: Sequence[Data], _: str) -> Table:
-    modes = ("launch_free", "host_issued")
-    headings = [
-        f"{name} {mode.replace('_', '-')}" for mode in modes for name in ("gemm", "nccl", "ours", "nccl/ours")
-    ]
-    table = _table("both gradients, ms", ("shape",), headings)
+def _backward(rows: Sequence[Data], mode: str) -> Table:
+    names, ratios = ("gemm", "nccl", "ours"), ("over_nccl", "over_nccl_with_autograd")
+    title = f"both gradients, {mode.replace('_', '-')}, ms"
+    table = _table(title, ("shape",), (*names, "nccl/ours", "with autograd"))
     for row in rows:
-        cells = []
-        for mode in modes:
-            cells += [_number(row["ms"][mode][name]["median"], 3) for name in ("gemm", "nccl", "ours")]
-            cells.append(_factor(row["over_nccl"][mode]))
-        table.add_row(score.title(row), *cells)
-    means = [score.geometric_mean([row["over_nccl"][mode] for row in rows]) for mode in modes]
-    table.add_row("geometric mean", "", "", "", _factor(means[0]), "", "", "", _factor(means[1]))
+        times = (_number(row["ms"][mode][name]["median"], 3) for name in names)
+        table.add_row(score.title(row), *times, *(_factor(row[ratio][mode]) for ratio in ratios))
+    means = (score.geometric_mean([row[ratio][mode] for row in rows]) for ratio in ratios)
+    table.add_row("geometric mean", "", "", "", *(_factor(mean) for mean in means))
     return table
 
 

@@ -151,7 +151,7 @@ def _choose(
         for config in listed:
             candidates[f"fused {config} in {subchunks}"] = partial(by_kernel, mover, cut, x, w, config)
         if plan.gathers:
-            candidates[f"chunked in {subchunks}"] = partial(StreamedGather, mover, cut, x)  # type: ignore[arg-type]
+            candidates[f"chunked in {subchunks}"] = partial(StreamedGather, mover, cut, x, w)  # type: ignore[arg-type]
         else:
             candidates[f"chunked in {subchunks}"] = partial(ChunkedScatter, cut, group)
     candidates["whole"] = partial(WholeGather if plan.gathers else WholeScatter, plan, group)

@@ -36,24 +36,26 @@ class _Sending:
 
 
 class StreamedGather(_Sending):
-    """``y [M, N] = AG(x_shard [M/W, K]) · w [N, K]ᵀ`` for shards shaped as the one that it is made with."""
+    """``y [M, N] = AG(x_shard [M/W, K]) · w [N, K]ᵀ`` for operands shaped as those that it is made with."""
 
-    def __init__(self, mover: "NvlinkTransport", plan: Schedule, x_shard: Tensor) -> None:
+    def __init__(self, mover: "NvlinkTransport", plan: Schedule, x_shard: Tensor, w: Tensor) -> None:
         first = plan.own_rows.start
         super().__init__(mover, plan, x_shard.shape[1] * x_shard.itemsize, first)
         arriving = {expect.chunk: number for expect, number in self.messages.arrivals.items()}
-        # The rows of each chunk in schedule order, where they are among the own ones, and the number of their
-        # arrival; none of the own.
-        self._chunks = []
+        # The rows of each chunk in schedule order; of own ones their place among these, where there are more;
+        # of others the number of their arrival.
+        self._chunks: list[tuple[slice, slice | None, int | None]] = []
         for step in plan.steps:
             rows = plan.rows_in(step.compute)
-            self._chunks.append(
-                (rows, slice(rows.start - first, rows.stop - first), arriving.get(step.compute))
-            )
+            inside = None if rows == self.own else slice(rows.start - first, rows.stop - first)
+            self._chunks.append((rows, inside, arriving.get(step.compute)))
+        self._plain = all(
+            plain(rows.stop - rows.start, w.shape[0], w.shape[1]) for rows, _, _ in self._chunks
+        )
 
     def on(self, mover: "NvlinkTransport", x_shard: Tensor, w: Tensor) -> "StreamedGather":
         """The same on another transport, for ``x_shard [M/W, K]`` and ``w [N, K]`` as those before."""
-        return StreamedGather(mover, self.plan, x_shard)
+        return StreamedGather(mover, self.plan, x_shard, w)
 
     def __call__(self, x_shard: Tensor, w: Tensor, site: str, landed: Landed | None = None) -> Tensor:
         """``y [M, N]``; ``landed`` gets the gathered rows. Raises TransportError if a peer has failed."""
@@ -66,12 +68,17 @@ class StreamedGather(_Sending):
             mover.push_early(self.sends, self.sources(x_shard), site)
             if landed is not None:
                 mover.keep(x_shard.data_ptr(), self.own_offset, x_shard.nbytes, site)
+            turned = w.t()
             for rows, inside, arrival in self._chunks:
-                if arrival is None:
-                    product(x_shard[inside], w, y[rows])
-                else:
+                if arrival is not None:
                     mover.wait(arrival, site)
-                    product(gathered[rows], w, y[rows])
+                    x = gathered[rows]
+                else:
+                    x = x_shard if inside is None else x_shard[inside]
+                if self._plain:
+                    torch.mm(x, turned, out=y[rows])
+                else:
+                    product(x, w, y[rows])
             if landed is not None:
                 mover.wait_for_all(site)
                 landed(gathered, False)

@@ -14,7 +14,6 @@ def gather_kernel(  # type: ignore[no-untyped-def]
     w_desc,
     out,
     flags,
-    word,
     stop,
     plan,
     epoch,
@@ -31,7 +30,6 @@ def gather_kernel(  # type: ignore[no-untyped-def]
     TRANSPOSED: tl.constexpr,
     MASKED: tl.constexpr,
     WAITS: tl.constexpr,
-    WORD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Persistent blocks walk the tiles of ``plan``; see ``triton.gather_matmul`` for the contract.
@@ -41,8 +39,6 @@ def gather_kernel(  # type: ignore[no-untyped-def]
     """
     block = tl.program_id(0)
     blocks = tl.num_programs(0)
-    if WORD:
-        epoch += tl.load(word)
     for tile in tl.range(block, tiles, blocks, flatten=FLATTEN):
         chunk, own, source, target, rows, first, _, row, column = locate(plan, tile, columns, BM, BN, GROUP)
         x_row = source + row

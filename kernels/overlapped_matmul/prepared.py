@@ -97,15 +97,11 @@ class Product:
         known = {**self.numbers(), "plan": self.plan.records.data_ptr(), **addresses}
         return [known.get(name, 0) for name in self._arguments]
 
-    def _start(self, tensors: Mapping[str, Tensor | None], epoch: int | Tensor, anchor: Tensor) -> None:
+    def _start(self, tensors: Mapping[str, Tensor | None], epoch: int, anchor: Tensor) -> None:
         """Launch on the current stream; absent and empty tensors point to ``anchor``."""
         present = {name: tensor for name, tensor in tensors.items() if tensor is not None}
         present |= {"plan": self.plan.records, "stop": _never(self.device)}
-        number = 0
-        if isinstance(epoch, int):
-            number = epoch & 0xFFFFFFFF
-        else:
-            present["word"] = epoch
+        number = epoch & 0xFFFFFFFF
         if self.launch is None:
             self._interpret(present, {"epoch": number, **self.numbers()}, anchor)
             return
@@ -134,7 +130,7 @@ class Product:
         self.kernel[(self.blocks,)](*values, **self._constants)
 
 
-_WORDS = ("word", "stop", "plan")
+_WORDS = ("stop", "plan")
 
 
 @cache
@@ -157,7 +153,6 @@ class GatherMatmul(Product):
         chunks: tuple[Part, ...],
         *,
         waits: bool = True,
-        device_epoch: bool = False,
         config: Config | None = None,
         spare_sms: int = 0,
     ) -> None:
@@ -173,7 +168,7 @@ class GatherMatmul(Product):
             **{name: Pointer(torch.int32) for name in ("flags", *_WORDS)},
             **dict.fromkeys(("epoch", *self.numbers())),
         }
-        self._build(arguments, WAITS=waits, WORD=device_epoch)
+        self._build(arguments, WAITS=waits)
 
     def numbers(self) -> dict[str, int]:
         return {
@@ -189,7 +184,7 @@ class GatherMatmul(Product):
         x_buffer: Tensor | None,
         w: Tensor,
         flags: Tensor | None,
-        epoch: int | Tensor,
+        epoch: int,
         out: Tensor,
     ) -> None:
         """Enqueue on the current stream; arguments shaped as those it was built from."""
@@ -220,7 +215,6 @@ class MatmulScatter(Product):
         rank: int,
         *,
         arrived_stride: int,
-        device_epoch: bool = False,
         config: Config | None = None,
         spare_sms: int = 0,
     ) -> None:
@@ -238,7 +232,7 @@ class MatmulScatter(Product):
             **{name: Pointer(torch.int32) for name in ("counters", "ready", "arrived", *_WORDS)},
             **dict.fromkeys(("epoch", *self.numbers())),
         }
-        self._build(arguments, WORLD=self.world, PIECE=min(_ADDED_ROWS, config.block_m), WORD=device_epoch)
+        self._build(arguments, WORLD=self.world, PIECE=min(_ADDED_ROWS, config.block_m))
 
     def numbers(self) -> dict[str, int]:
         plan = self.plan
@@ -265,7 +259,7 @@ class MatmulScatter(Product):
         ready: Tensor,
         slots: Tensor,
         arrived: Tensor,
-        epoch: int | Tensor,
+        epoch: int,
         out: Tensor,
     ) -> None:
         """Enqueue on the current stream; arguments shaped as those it was built from."""

@@ -64,7 +64,6 @@ def scatter_kernel(  # type: ignore[no-untyped-def]
     counters,
     ready,
     arrived,
-    word,
     stop,
     plan,
     epoch,
@@ -89,7 +88,6 @@ def scatter_kernel(  # type: ignore[no-untyped-def]
     MASKED: tl.constexpr,
     WORLD: tl.constexpr,
     PIECE: tl.constexpr,
-    WORD: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Persistent blocks walk the tiles of ``plan``; see ``triton.matmul_scatter`` for the contract.
@@ -101,8 +99,6 @@ def scatter_kernel(  # type: ignore[no-untyped-def]
     """
     block = tl.program_id(0)
     blocks = tl.num_programs(0)
-    if WORD:
-        epoch += tl.load(word)
     if block == 0:
         for index in range(empties):
             raise_flag(ready + tl.load(plan + row_tiles * RECORD + index), epoch)

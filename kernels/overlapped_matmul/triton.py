@@ -8,10 +8,9 @@
 fp32 operands are multiplied in IEEE fp32, since fp32 runs are for comparing; bf16 and fp16 on the tensor
 cores with fp32 accumulation along K in one order, whatever the tiles, the chunks and the time of arrival.
 
-Flags are 32-bit words, up when ``(int)(flag - epoch) >= 0``. ``epoch`` is an int or, under graph capture, a
-one-element int32 tensor that is read on the device. Enqueue the copies that raise flags before the kernel
-that waits, or on a stream that does not depend on it. A wait has no deadline of its own: whoever gives up
-writes the flags.
+Flags are 32-bit words, up when ``(int)(flag - epoch) >= 0``; a CUDA graph keeps the ``epoch`` that it was
+captured with. Enqueue the copies that raise flags before the kernel that waits, or on a stream that does not
+depend on it. A wait has no deadline of its own: whoever gives up writes the flags.
 """
 
 from collections.abc import Sequence
@@ -92,7 +91,7 @@ def gather_matmul(
     x_buffer: Tensor,
     w: Tensor,
     flags: Tensor,
-    epoch: int | Tensor,
+    epoch: int,
     chunks: Sequence[Part],
     out: Tensor,
     *,
@@ -107,15 +106,12 @@ def gather_matmul(
     for operands that do not fit, with the reason of ``config.refusal``.
     """
     chunks = tuple(chunks)
-    on_device = not isinstance(epoch, int)
     forms = (_form(x_own), _form(x_buffer), _form(w), _form(out), flags.numel())
-    key = ("gather", *forms, chunks, on_device, config, spare_sms)
+    key = ("gather", *forms, chunks, config, spare_sms)
     product = _prepared.get(key)
     if product is None:
         _check(x_own, w, x_buffer, out)
-        product = GatherMatmul(
-            x_own, x_buffer, w, out, chunks, device_epoch=on_device, config=config, spare_sms=spare_sms
-        )
+        product = GatherMatmul(x_own, x_buffer, w, out, chunks, config=config, spare_sms=spare_sms)
         _check_fit(product.plan, x_own.shape[0], out.shape[0], x_buffer.shape[0])
         _check_words(product.plan.chunks, flags=flags)
         _keep(key, product)
@@ -130,7 +126,7 @@ def matmul_scatter(
     ready: Tensor,
     slots: Tensor,
     arrived: Tensor,
-    epoch: int | Tensor,
+    epoch: int,
     chunks: Sequence[Part],
     rank: int,
     out: Tensor,
@@ -149,10 +145,9 @@ def matmul_scatter(
     first call and are 0 after each. UserError as above.
     """
     chunks = tuple(chunks)
-    on_device = not isinstance(epoch, int)
     forms = (_form(x), _form(w), _form(partials), _form(slots), _form(out))
     words = (counters.numel(), ready.numel(), arrived.numel())
-    key = ("scatter", *forms, *words, chunks, rank, on_device, config, spare_sms)
+    key = ("scatter", *forms, *words, chunks, rank, config, spare_sms)
     product = _prepared.get(key)
     if product is None:
         _check(x, w, partials, slots, out)
@@ -165,7 +160,6 @@ def matmul_scatter(
             chunks,
             rank,
             arrived_stride=arrived.numel() // slots.shape[0],
-            device_epoch=on_device,
             config=config,
             spare_sms=spare_sms,
         )

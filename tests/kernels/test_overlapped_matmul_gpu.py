@@ -199,37 +199,45 @@ def test_a_ready_flag_covers_every_tile_of_its_chunk() -> None:
             assert part.own or torch.equal(copied[place], case.partial[place]), f"epoch {epoch}, {part}"
 
 
-def test_graph_replays_take_the_epoch_and_the_inputs_from_the_device() -> None:
+def test_graph_replays_take_the_inputs_from_the_device_and_flags_that_were_lowered() -> None:
     rows, rank = [256] * 4, 2
     full, w = random(1024, 512), random(768, 512)
-    own, buffer, out, epoch = full[512:768].clone(), full.clone(), poison(1024, 768), words(1)
-    parts, flags = parts_of("gather", rows, rank), words(4)
+    own, buffer, out = full[512:768].clone(), full.clone(), poison(1024, 768)
+    parts, flags = parts_of("gather", rows, rank), words(4, value=1)
     case = Scatter(rows, rank, 768, 512, 1)
     case.slots.copy_(case.terms)
+    case.arrived.fill_(1)
 
     def step() -> None:
-        kernels.gather_matmul(own, buffer, w, flags, epoch, parts, out)
-        case.start_kernel(epoch)
+        kernels.gather_matmul(own, buffer, w, flags, 1, parts, out)
+        case.start_kernel(1)
 
     step()
     torch.cuda.synchronize()
     graph = torch.cuda.CUDAGraph()
     with torch.cuda.graph(graph):
         step()
-    for turn in range(1, 4):
+    for _ in range(3):
         fresh = random(1024, 512)
         buffer.copy_(fresh)
         own.copy_(fresh[512:768])
         out.fill_(float("nan"))
         case.out.fill_(float("nan"))
-        for word in (epoch, flags, case.arrived):
-            word.fill_(turn)
+        case.ready.zero_()
+        for word in (flags, case.arrived):
+            word.zero_()
+        torch.cuda.synchronize()
+        late = torch.cuda.Stream()
         graph.replay()
+        with torch.cuda.stream(late):
+            for word in (flags, case.arrived):
+                word.fill_(1)
+        late.synchronize()
         expected = torch.empty_like(out)
         kernels.matmul(fresh, w, expected)
         assert torch.equal(out, expected)
         case.check()
-        assert case.ready.tolist() == [turn, turn, 0, turn]
+        assert case.ready.tolist() == [1, 1, 0, 1]
 
 
 def test_threads_share_a_prepared_launch() -> None:
