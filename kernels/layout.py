@@ -1,4 +1,4 @@
-"""How outputs of kernels lie in memory."""
+"""How inputs and outputs of kernels lie in memory."""
 
 import torch
 from torch import Tensor
@@ -13,3 +13,14 @@ def dense_like(x: Tensor) -> Tensor:
     if x.stride(0) < x.stride(1):
         return torch.empty_like(x.transpose(0, 1), memory_format=torch.contiguous_format).transpose(0, 1)
     return torch.empty_like(x, memory_format=torch.contiguous_format)
+
+
+def rows_of(x: Tensor) -> Tensor:
+    """``x [..., D]`` as rows ``[R, D]``; copied only where the leading dimensions are no single stride."""
+    width = x.shape[-1]
+    return (x if x.stride(-1) == 1 else x.contiguous()).reshape(x.numel() // max(1, width), width)
+
+
+def empty_heads(packed: Tensor, heads: int, width: int) -> Tensor:
+    """Uninitialised ``[B, heads, S, width]`` for ``packed [S, B, ...]``, with the sequence first in memory."""
+    return packed.new_empty(*packed.shape[:2], heads, width).permute(1, 2, 0, 3)

@@ -5,6 +5,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashtrain.kernels.layout import rows_of
+
 _BLOCKS_PER_PROCESSOR = 4
 
 
@@ -70,7 +72,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
 
 def forward(x: Tensor, z: Tensor, weight: Tensor, groups: int, epsilon: float) -> Tensor:
     """See ``reference.gated_norm``: x and z ``[..., D]`` -> ``[..., D]``."""
-    flat, gate = _rows(x), _rows(z)
+    flat, gate = rows_of(x), rows_of(z)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     size = x.shape[-1] // groups
     forward_kernel[(flat.shape[0], groups)](
@@ -93,7 +95,7 @@ def backward(
     dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, groups: int, epsilon: float
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of x and z ``[..., D]`` and of weight ``[D]``."""
-    flat, gate, slope = _rows(x), _rows(z), _rows(dy)
+    flat, gate, slope = rows_of(x), rows_of(z), rows_of(dy)
     dx, dz = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, z))
     size = x.shape[-1] // groups
     blocks = min(flat.shape[0], _blocks(x.device))
@@ -127,8 +129,3 @@ def _blocks(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
     return _BLOCKS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
-
-
-def _rows(x: Tensor) -> Tensor:
-    """``x [..., D]`` as rows ``[R, D]``; copied only where the leading dimensions are no single stride."""
-    return x.flatten(0, -2) if x.stride(-1) == 1 else x.contiguous().flatten(0, -2)

@@ -26,8 +26,8 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float = 1
     """``(rms_norm(s), s)`` with ``s = x + residual``: the addition and the norm in one pass.
 
     All ``[..., D]`` but the weight ``[D]``; x and residual have one shape and dtype, to which s is rounded
-    before it is normed, so that the result is that of the two steps. The backward pass adds the gradient of s to that
-    of the norm in the same pass, too.
+    before it is normed, so that the result is that of the two steps. The backward pass adds the gradient of s
+    to that of the norm in the same pass, too.
     """
     _check(x, weight)
     if residual.shape != x.shape or residual.dtype != x.dtype:
@@ -71,7 +71,7 @@ def _(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tens
 def norm_backward_kernels(
     dy: Tensor, d_total: Tensor | None, total: Tensor, weight: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor]:
-    """Gradients of the normed ``total [..., D]``, ``d_total`` (its own, if it has one) added, and of weight."""
+    """Gradients of the normed ``total [..., D]``, its own ``d_total`` (or None) added, and of weight."""
     from flashtrain.kernels.rms_norm import triton
 
     return triton.backward(dy, d_total, total, weight, epsilon)

@@ -12,6 +12,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashtrain.kernels.layout import rows_of
+
 # Of a Hopper processor; of the shared memory, what is left beside the sums over a row.
 _REGISTERS, _SHARED_BYTES = 65536, 216 * 1024
 _FINISH_ROWS, _FINISH_COLUMNS = 64, 32
@@ -119,8 +121,8 @@ def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float, launch: Launch | None = None
 ) -> tuple[Tensor, Tensor]:
     """See ``reference``: the normed rows ``[..., D]``, and what was normed (x itself without a residual)."""
-    rows = _rows(x)
-    added = None if residual is None else _rows(residual)
+    rows = rows_of(x)
+    added = None if residual is None else rows_of(residual)
     y = torch.empty_like(x, memory_format=torch.contiguous_format)
     total = x if added is None else torch.empty_like(y)
     width = x.shape[-1]
@@ -154,8 +156,8 @@ def backward(
     launch: Launch | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Gradients of ``total [..., D]`` (``d_total``, if there is one, added) and of weight ``[D]``."""
-    rows, slope = _rows(total), _rows(dy)
-    straight = None if d_total is None else _rows(d_total)
+    rows, slope = rows_of(total), rows_of(dy)
+    straight = None if d_total is None else rows_of(d_total)
     dx = torch.empty_like(total, memory_format=torch.contiguous_format)
     width = total.shape[-1]
     launch = launch or backward_launch(width, total.element_size(), straight is not None)
@@ -211,9 +213,3 @@ def _blocks(rows: Tensor, launch: Launch) -> int:
         return min(rows.shape[0], 4)
     processors = torch.cuda.get_device_properties(rows.device).multi_processor_count
     return min(rows.shape[0], processors * launch.blocks)
-
-
-def _rows(x: Tensor) -> Tensor:
-    """``x [..., D]`` as rows ``[R, D]``; copied only where the leading dimensions are no single stride."""
-    width = x.shape[-1]
-    return (x if x.stride(-1) == 1 else x.contiguous()).reshape(x.numel() // max(1, width), width)

@@ -4,7 +4,7 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from flashtrain.errors import UserError
 from flashtrain.kernels.rms_norm import op, reference
@@ -74,6 +74,7 @@ def test_the_sum_is_rounded_before_the_norm_and_the_norm_once() -> None:
     assert torch.equal(op.norm_kernels(total, weight, EPSILON), normed)
 
 
+@pytest.mark.filterwarnings("ignore:Mismatch dtype")
 def test_a_weight_in_fp32_leaves_the_dtype_of_x() -> None:
     x, residual, weight = inputs(5, 64, torch.float16)
     for found in (
@@ -99,7 +100,7 @@ def test_an_output_that_nothing_uses_has_no_gradient() -> None:
 
 
 def test_kernels_take_slices_and_columns_apart() -> None:
-    x, residual, weight = inputs(4, 32, torch.float32)
+    _, residual, weight = inputs(4, 32, torch.float32)
     packed = torch.randn(4, 2, 80, device=DEVICE)
     strided = [packed[..., 16:48], residual.mT.contiguous().mT, weight]
     dense = [t.contiguous() for t in strided]
