@@ -22,5 +22,5 @@ def rows_of(x: Tensor) -> Tensor:
 
 
 def empty_heads(packed: Tensor, heads: int, width: int) -> Tensor:
-    """Uninitialised ``[B, heads, S, width]`` for ``packed [S, B, ...]``, with the sequence first in memory."""
+    """Uninitialised ``[B, heads, S, width]`` for ``packed [S, B, ...]``; the sequence is first in memory."""
     return packed.new_empty(*packed.shape[:2], heads, width).permute(1, 2, 0, 3)

@@ -12,6 +12,7 @@ from flashtrain.nn.block import Block
 from flashtrain.nn.flops import forward_flops
 from flashtrain.nn.loss import CrossEntropy
 from flashtrain.nn.mlp import PACKING, SwiGLU
+from flashtrain.nn.norm import RMSNorm
 from flashtrain.nn.rotary import Llama3Scaling, rotary_table
 
 
@@ -94,7 +95,7 @@ class Decoder(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary, config.hidden)
         self.layers = nn.ModuleList(self._block() for _ in range(config.layers))
-        self.norm = nn.RMSNorm(config.hidden, eps=config.norm_epsilon)
+        self.norm = RMSNorm(config.hidden, config.norm_epsilon)
         self.head = nn.Linear(config.hidden, config.vocabulary, bias=False)
         if config.tied_embeddings:
             self.head.weight = self.embedding.weight

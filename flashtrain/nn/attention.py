@@ -5,8 +5,8 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from flashtrain.kernels.rotary.op import rotary_qkv
 from flashtrain.nn.attend import Heads, attend
-from flashtrain.nn.rotary import rotate
 
 
 class KeyValues(NamedTuple):
@@ -52,10 +52,9 @@ class Attention(nn.Module):
         sequence = rotary.shape[1]
         packed = self.qkv(x)
         batch = packed.numel() // packed.shape[-1] // sequence
-        packed = packed.view(sequence, batch, -1, self.group + 2, self.head_dim).permute(1, 2, 3, 0, 4)
-        query = rotate(packed[:, :, : self.group].flatten(1, 2), rotary)
-        key = rotate(packed[:, :, self.group], rotary)
-        return Heads(query, key, packed[:, :, self.group + 1])
+        kv_heads = packed.shape[-1] // ((self.group + 2) * self.head_dim)
+        packed = packed.view(sequence, batch, packed.shape[-1])
+        return Heads(*rotary_qkv(packed, rotary, kv_heads, self.group, 1, 1))
 
     def flops_per_token(self, sequence: int) -> float:
         """FLOPs of one token forward: projections, and ``2 S d`` for meeting half of the keys on average."""

@@ -6,6 +6,7 @@ from torch import Tensor, nn
 
 from flashtrain.nn.attention import Attention, KeyValues
 from flashtrain.nn.mlp import SwiGLU
+from flashtrain.nn.norm import RMSNorm
 
 
 class Block(nn.Module):
@@ -13,18 +14,18 @@ class Block(nn.Module):
 
     def __init__(self, attention: Attention, mlp: SwiGLU, hidden: int, norm_epsilon: float) -> None:
         super().__init__()
-        self.attention_norm = nn.RMSNorm(hidden, eps=norm_epsilon)
+        self.attention_norm = RMSNorm(hidden, norm_epsilon)
         self.attention = attention
-        self.mlp_norm = nn.RMSNorm(hidden, eps=norm_epsilon)
+        self.mlp_norm = RMSNorm(hidden, norm_epsilon)
         self.mlp = mlp
 
     def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
         """``x [S, B, hidden]`` or a shard of its rows -> the same; ``rotary [2, S, head_dim]``."""
-        x = x + self.attention(self.attention_norm(x), rotary)
-        return x + self.mlp(self.mlp_norm(x))
+        normed, x = self.mlp_norm(self.attention(self.attention_norm(x), rotary), x)
+        return x + self.mlp(normed)
 
     def extend(self, x: Tensor, rotary: Tensor, past: KeyValues | None) -> tuple[Tensor, Any]:
         """``x [S, B, hidden]`` after the tokens of ``past`` -> the same, and what later tokens need."""
         mixed, now = self.attention.extend(self.attention_norm(x), rotary, past)
-        x = x + mixed
-        return x + self.mlp(self.mlp_norm(x)), now
+        normed, x = self.mlp_norm(mixed, x)
+        return x + self.mlp(normed), now

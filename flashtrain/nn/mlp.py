@@ -1,9 +1,10 @@
 """SwiGLU feed-forward layer on one packed gate-and-up projection."""
 
 from torch import Tensor, nn
-from torch.nn.functional import silu
 
-PACKING = 64
+from flashtrain.kernels.swiglu.op import PACKING, swiglu
+
+__all__ = ["PACKING", "SwiGLU"]
 
 
 class SwiGLU(nn.Module):
@@ -20,5 +21,4 @@ class SwiGLU(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """``x [..., hidden]`` -> ``[..., hidden]``."""
-        gate, up = self.gate_up(x).unflatten(-1, (-1, 2, PACKING)).unbind(-2)
-        return self.down((silu(gate) * up).flatten(-2))
+        return self.down(swiglu(self.gate_up(x)))

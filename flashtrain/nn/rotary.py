@@ -6,6 +6,10 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from flashtrain.kernels.rotary.reference import rotate
+
+__all__ = ["Llama3Scaling", "rotary_table", "rotate"]
+
 
 @dataclass(frozen=True, kw_only=True)
 class Llama3Scaling:
@@ -49,10 +53,3 @@ def rotary_table(
     angle = position[:, None] * frequency
     angle = torch.cat([angle, angle], dim=-1)
     return torch.stack([angle.cos(), angle.sin()]).float()
-
-
-def rotate(x: Tensor, table: Tensor) -> Tensor:
-    """Rotate ``x [..., sequence, head_dim]`` by the positions of ``table [2, sequence, head_dim]``."""
-    cosine, sine = table.to(x.dtype)
-    first, second = x.chunk(2, dim=-1)
-    return x * cosine + torch.cat([-second, first], dim=-1) * sine
