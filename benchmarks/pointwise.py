@@ -1,0 +1,186 @@
+"""Norm, gate and rotary positions of a Llama-8B layer: each kernel against PyTorch, torch.compile and Liger.
+
+    python benchmarks/pointwise.py [--out benchmarks/results] [--grid] [--seconds 240] [--rehearse]
+
+Hidden 4096, MLP width 14336, 32 query and 8 KV heads of 128, 16384 tokens, bf16, random data. First the error
+of outputs and gradients against fp64, then medians of CUDA events, forward and forward with backward, the
+contestants in turn (A B C A B C). ``floor`` has the fewest bytes at what the memory reaches (4.3 TB/s on an
+H200, 3.0 on an H100). Liger takes part where ``liger_kernel`` can be imported, in the layout that it wants:
+gate and up apart, and of the heads query and key alone, already apart and turned in place; so it moves fewer
+bytes than its floor says. ``--grid`` adds each of our kernels in other launches, ``--rehearse`` runs all of
+it on the CPU at toy sizes: not a measurement. Writes ``pointwise.json`` after each part.
+"""
+
+import argparse
+import json
+import statistics
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import machine
+import torch
+from pointwise_cases import DEVICE, EPSILON, GROUP, HEAD_WIDTH, HIDDEN, KV_HEADS, Case, Function, cases
+from torch import Tensor
+
+from flashtrain.nn.rotary import rotary_table
+
+SLEEP_CYCLES = 6_000_000
+
+
+def both(function: Function, inputs: list[Tensor], slopes: list[Tensor]) -> list[Tensor]:
+    """Outputs and gradients of fresh leaves."""
+    leaves = [t.detach().requires_grad_() for t in inputs]
+    found = function(*leaves)
+    outputs = found if isinstance(found, tuple) else (found,)
+    return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves, slopes)]
+
+
+def errors(case: Case, compiled: Function) -> dict[str, float]:
+    """The worst relative error ‖found - true‖ / ‖true‖ of outputs and gradients, on the first 1024 tokens."""
+    inputs = [t[:1024] if t.dim() == 3 else t for t in case.inputs]
+    slopes = [t[:1024] if t.dim() == 3 else t[:, :, :1024] for t in case.slopes]
+    true = both(case.wide, [t.double() for t in inputs], [t.double() for t in slopes])
+    worst = {}
+    for name, function in (("ours", case.ours), ("eager", case.eager), ("compiled", compiled)):
+        found = both(function, inputs, slopes)
+        apart = [(one.double() - other).norm() / other.norm() for one, other in zip(found, true, strict=True)]
+        worst[name] = float(torch.stack(apart).max())
+    return worst
+
+
+def race(calls: dict[str, tuple[Function, Function]], repeats: int) -> dict[str, float]:
+    """Median milliseconds of each ``(call, untimed preparation)``, in turn; the queue is never empty."""
+    for call, prepare in list(calls.values()) * 2:
+        prepare()
+        call()
+    taken: dict[str, list[Any]] = {name: [] for name in calls}
+    for _ in range(repeats):
+        for name, (call, prepare) in calls.items():
+            prepare()
+            if DEVICE == "cpu":
+                start = time.perf_counter()
+                call()
+                taken[name].append((time.perf_counter() - start) * 1e3)
+                continue
+            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            torch.cuda._sleep(SLEEP_CYCLES)  # the host enqueues the whole call meanwhile
+            before.record()
+            call()
+            after.record()
+            taken[name].append((before, after))
+    if DEVICE == "cuda":
+        torch.cuda.synchronize()
+        taken = {name: [a.elapsed_time(b) for a, b in pairs] for name, pairs in taken.items()}
+    return {name: round(statistics.median(times), 4) for name, times in taken.items()}
+
+
+def without_gradient(function: Function, inputs: list[Tensor]) -> Any:
+    with torch.no_grad():
+        return function(*inputs)
+
+
+def timings(case: Case, compiled: Function, repeats: int) -> dict[str, Any]:
+    nothing: Function = lambda: None  # noqa: E731
+    entrants = {
+        name: (function, case.inputs, case.slopes, nothing)
+        for name, function in (("ours", case.ours), ("eager", case.eager), ("compiled", compiled))
+    }
+    if case.liger is not None:
+        other = case.liger
+        entrants["liger"] = (other.function, other.inputs, other.slopes, other.restore)
+    forward = {n: (lambda f=f, i=i: without_gradient(f, i), r) for n, (f, i, _, r) in entrants.items()}
+    whole = {n: (lambda f=f, i=i, s=s: both(f, i, s), r) for n, (f, i, s, r) in entrants.items()}
+    tokens = case.inputs[0].shape[0]
+    floors = [values * tokens * 2 / bandwidth() * 1e3 for values in case.values]
+    return {
+        "forward": race(forward, repeats) | {"floor": round(floors[0], 4)},
+        "both": race(whole, repeats) | {"floor": round(sum(floors), 4)},
+    }
+
+
+def bandwidth() -> float:
+    """What the memory reaches, in bytes a second."""
+    return 3.0e12 if DEVICE == "cuda" and "H100" in torch.cuda.get_device_name() else 4.3e12
+
+
+def grid(case: Case) -> Iterator[tuple[str, Callable[[], Any]]]:
+    """Our kernels of ``case`` in other launches, those in use first."""
+    if case.name in ("rms_norm", "add_rms_norm"):
+        from flashtrain.kernels.rms_norm import triton as kernels
+
+        added = case.inputs[1] if case.name == "add_rms_norm" else None
+        straight = case.slopes[1] if added is not None else None
+        (x, *_, weight), dy = case.inputs, case.slopes[0]
+        one, other = (
+            launch(HIDDEN, 2, added is not None)
+            for launch in (kernels.forward_launch, kernels.backward_launch)
+        )
+        shapes = [(8, 4, 1), (8, 4, 2), (8, 5, 3), (8, 6, 2), (16, 2, 3), (16, 3, 2), (4, 6, 2), (4, 8, 3)]
+        for launch in (one, *(kernels.Launch(*shape) for shape in shapes)):
+            yield f"forward {launch}", lambda g=launch: kernels.forward(x, added, weight, EPSILON, g)
+        shapes = [(8, 3, 1), (8, 3, 2), (8, 2, 3), (8, 2, 4), (8, 4, 2), (16, 1, 3), (16, 2, 2), (4, 4, 3)]
+        for launch in (other, *(kernels.Launch(*shape) for shape in shapes)):
+            yield f"backward {launch}", lambda g=launch: kernels.backward(dy, straight, x, weight, EPSILON, g)
+    elif case.name == "swiglu":
+        from flashtrain.kernels.swiglu import triton as gates
+
+        for size in ((32, 4), (16, 4), (8, 4), (64, 4), (64, 8), (16, 2), (32, 8)):
+            yield f"forward {size}", lambda s=size: gates.forward(case.inputs[0], *s)
+            yield f"backward {size}", lambda s=size: gates.backward(case.slopes[0], case.inputs[0], *s)
+    else:
+        from flashtrain.kernels.rotary import triton as turns
+
+        packed, units = case.inputs[0], (KV_HEADS, GROUP, 1, 1)
+        table = rotary_table(packed.shape[0], HEAD_WIDTH, 500_000.0, packed.device)
+        for size in ((1024, 4), (512, 2), (512, 4), (1024, 2), (2048, 4), (2048, 8), (4096, 8)):
+            yield f"forward {size}", lambda s=size: turns.forward(packed, table, *units, *s)
+            yield f"backward {size}", lambda s=size: turns.backward(*case.slopes, table, KV_HEADS, *s)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--out", type=Path, default=Path("benchmarks/results"))
+    parser.add_argument("--grid", action="store_true", help="time each of our kernels in other launches")
+    parser.add_argument("--seconds", type=float, default=240.0, help="start no part after this long")
+    parser.add_argument("--rehearse", action="store_true", help="run it on the CPU: not a measurement")
+    arguments = parser.parse_args()
+    end = time.monotonic() + arguments.seconds
+    tokens, repeats = (64, 2) if arguments.rehearse else (16384, 50)
+    torch.manual_seed(0)
+    report: dict[str, Any] = {
+        "device": machine.gpus(1),
+        "versions": machine.versions() | machine.gpu_versions(),
+        "date": machine.date(),
+        "ops": {},
+    }
+
+    def keep(line: str) -> None:
+        print(line, flush=True)
+        arguments.out.mkdir(parents=True, exist_ok=True)
+        (arguments.out / "pointwise.json").write_text(json.dumps(report, indent=1) + "\n")
+
+    for case in cases(tokens):
+        compiled = torch.compile(case.eager, dynamic=False)
+        found = report["ops"][case.name] = {"errors": errors(case, compiled)}
+        keep(f"{case.name}: errors " + " ".join(f"{n} {value:.1e}" for n, value in found["errors"].items()))
+        found |= timings(case, compiled, repeats)
+        for way in ("forward", "both"):
+            keep(f"{case.name} {way}: " + " ".join(f"{n} {value:.4f}" for n, value in found[way].items()))
+        if not arguments.grid or DEVICE == "cpu":
+            continue
+        found["grid"] = {}
+        for name, call in grid(case):
+            if time.monotonic() > end:
+                keep("out of time")
+                break
+            try:
+                found["grid"] |= race({name: (call, lambda: None)}, 20)
+            except Exception as failure:  # a launch that does not fit is a result, too
+                found["grid"][name] = str(failure).splitlines()[0][:100]
+            keep(f"{case.name} {name}: {found['grid'][name]}")
+
+
+if __name__ == "__main__":
+    main()
