@@ -110,6 +110,14 @@ def test_kernels_take_slices_and_columns_apart() -> None:
         assert torch.equal(found, wanted)
 
 
+def test_the_backward_kernel_takes_slices_of_each_row() -> None:
+    x, residual, weight = inputs(9, 32, torch.float32)
+    wide = [torch.cat([t, t + 1], dim=-1)[..., :32] for t in (x, residual, x - residual)]
+    wanted = kernels.backward(x, residual, x - residual, weight, EPSILON)
+    for found, other in zip(kernels.backward(*wide, weight, EPSILON), wanted, strict=True):
+        assert torch.equal(found, other)
+
+
 def test_the_ops_pass_opcheck() -> None:
     x, residual, weight = (t.requires_grad_() for t in inputs(3, 32, torch.float32))
     torch.library.opcheck(op.norm_kernels, (x, weight, EPSILON))
