@@ -111,6 +111,24 @@ uint32_t CopyEngine::open(std::shared_ptr<const Program> program, const std::str
   return epoch_;
 }
 
+std::vector<uint32_t> CopyEngine::all_sends() const {
+  std::vector<uint32_t> all(flight_->program->sends.size());
+  std::iota(all.begin(), all.end(), 0);
+  return all;
+}
+
+uint32_t CopyEngine::open_early(std::shared_ptr<const Program> program, const std::string& site, uint64_t stream,
+                                const std::vector<uint64_t>& sources) {
+  open(std::move(program), site, stream, false);
+  try {
+    push_early(all_sends(), sources);
+  } catch (...) {
+    abort("an exception broke it off");
+    throw;
+  }
+  return epoch_;
+}
+
 void CopyEngine::refresh_flags() {
   come_after_opening();
   // Everything of the epoch before has been pushed, so its number is true of every column. The own row is
@@ -198,8 +216,7 @@ uint32_t CopyEngine::start(const FusedProduct& product, const std::string& site,
     for (const uint32_t place : product.landing) values.at(place) = landings_[rank_] + epoch_ % 2 * stride_;
     for (const uint32_t place : product.flags) values.at(place) = device_.flag(rank_, 0, flight_->shift);
     for (const uint32_t place : product.epoch) values.at(place) = flight_->up;
-    std::vector<uint32_t> all(product.program->sends.size());
-    std::iota(all.begin(), all.end(), 0);
+    const std::vector<uint32_t> all = all_sends();
     std::vector<uint64_t> sources = product.offsets;
     for (uint64_t& source : sources) source += given.at(product.source);
     if (product.early) push_early(all, sources);
@@ -218,14 +235,24 @@ uint32_t CopyEngine::start(const FusedProduct& product, const std::string& site,
   return epoch_;
 }
 
-void CopyEngine::wait(uint32_t which) {
+void CopyEngine::wait(uint32_t which) { wait_on(stream_, which); }
+
+void CopyEngine::wait_on(StreamHandle stream, uint32_t which) {
   check();
   if (!flight_) throw std::logic_error("no operation is open");
   if (awaited_.at(which)) return;
   awaited_[which] = true;
   const Message& message = flight_->program->arrivals[which];
   const uint64_t flag = host_.flag(rank_, message.peer, message.column + flight_->shift);
-  driver_.check(driver_.stream_wait_value(stream_, flag, flight_->up, wait_flags_), "cuStreamWaitValue32");
+  driver_.check(driver_.stream_wait_value(stream, flag, flight_->up, wait_flags_), "cuStreamWaitValue32");
+}
+
+uint64_t CopyEngine::wait_beside() {
+  if (std::find(pushed_.begin(), pushed_.end(), false) != pushed_.end()) {
+    throw std::logic_error("a wait before the pushes would hold them up");
+  }
+  for (uint32_t arrival = 0; arrival < awaited_.size(); ++arrival) wait_on(copies_, arrival);
+  return reinterpret_cast<uintptr_t>(copies_);
 }
 
 void CopyEngine::wait_for_all() {

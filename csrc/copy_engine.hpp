@@ -75,6 +75,9 @@ class CopyEngine {
   // must have them: its pushes then also raise flags that kernels of the receiver may wait for. Throws
   // std::logic_error if one is open.
   uint32_t open(std::shared_ptr<const Program> program, const std::string& site, uint64_t stream, bool device_flags);
+  // The same, and push all sends early, each from its source.
+  uint32_t open_early(std::shared_ptr<const Program> program, const std::string& site, uint64_t stream,
+                      const std::vector<uint64_t>& sources);
   // Push sends number `which`, each from its source, once the stream has done what it now holds.
   void push(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources);
   // The same at once, for payloads that were complete when the operation was opened.
@@ -90,6 +93,9 @@ class CopyEngine {
   void wait(uint32_t which);
   // Let the stream wait for all arrivals, and for what is kept.
   void wait_for_all();
+  // Let the copy stream wait for all arrivals instead, behind the pushes; returns it. What is enqueued there runs
+  // beside the stream that computes, until close().
+  uint64_t wait_beside();
   // End the operation: the stream waits for arrivals that nobody waited for, and for the pushes.
   void close();
   // The open operation will not be finished: from here on everything throws, on the peers too.
@@ -108,7 +114,9 @@ class CopyEngine {
   void push_signalled(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources);
   uint64_t signal(uint32_t send) const;
   void push(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources, After after);
+  std::vector<uint32_t> all_sends() const;
   void come_after_opening();
+  void wait_on(StreamHandle stream, uint32_t which);
   bool follows(StreamHandle stream);
   void meet(const std::string& site);
   void wait_and_lower();

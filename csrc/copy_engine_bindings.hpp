@@ -45,6 +45,8 @@ inline void bind_copy_engine(pybind11::module_& module) {
       // May wait for the device.
       .def("open", &CopyEngine::open, py::arg("program"), py::arg("site"), py::arg("stream"),
            py::arg("device_flags"), py::call_guard<py::gil_scoped_release>())
+      .def("open_early", &CopyEngine::open_early, py::arg("program"), py::arg("site"), py::arg("stream"),
+           py::arg("sources"), py::call_guard<py::gil_scoped_release>())
       .def("push", py::overload_cast<const Which&, const Sources&>(&CopyEngine::push))
       .def("push_early", &CopyEngine::push_early)
       .def("start", &CopyEngine::start, py::arg("product"), py::arg("site"), py::arg("stream"), py::arg("given"),
@@ -52,6 +54,7 @@ inline void bind_copy_engine(pybind11::module_& module) {
       .def("keep", &CopyEngine::keep, py::arg("source"), py::arg("offset"), py::arg("bytes"))
       .def("wait", &CopyEngine::wait)
       .def("wait_for_all", &CopyEngine::wait_for_all)
+      .def("wait_beside", &CopyEngine::wait_beside)
       .def("close", &CopyEngine::close)
       .def("abort", &CopyEngine::abort)
       .def("check", &CopyEngine::check)

@@ -62,10 +62,9 @@ class StreamedGather(_Sending):
         started, mover = clock(), self.mover
         x_shard = x_shard.contiguous()
         y = x_shard.new_empty(self.rows, w.shape[0])
-        epoch = self.begin(site)
+        epoch = mover.begin_early(self.messages, self.sources(x_shard), site)
         try:
             gathered = mover.arena.view(epoch, x_shard.dtype, (self.rows, x_shard.shape[1]))
-            mover.push_early(self.sends, self.sources(x_shard), site)
             if landed is not None:
                 mover.keep(x_shard.data_ptr(), self.own_offset, x_shard.nbytes, site)
             turned = w.t()
@@ -93,7 +92,8 @@ class StreamedGather(_Sending):
 class StreamedColumn:
     """Both gradients of a column product, as ``gradients.WholeColumn``; made for shapes, by their plans.
 
-    ``gather`` is None where x comes gathered; else it goes by ``gathers``, a transport of its own.
+    ``gather`` is None where x comes gathered; else it goes by ``gathers``, a transport of its own. The sum of
+    what is scattered, bound by memory, runs beside the product for dw, which is not.
     """
 
     def __init__(
@@ -113,12 +113,20 @@ class StreamedColumn:
         self._columns, self._plain = w.shape[1], plain(dy.shape[0], w.shape[1], w.shape[0])
         own = scatter.own_rows
         self._slots = scatter.world, own.stop - own.start, w.shape[1]
+        self._stream: torch.cuda.Stream | None = None
+
+    def _beside(self, handle: int, device: torch.device) -> torch.cuda.Stream:
+        if self._stream is None:
+            self._stream = torch.cuda.ExternalStream(handle, device)
+        return self._stream
 
     def __call__(self, dy: Tensor, x: Tensor, w: Tensor, site: str) -> tuple[Tensor, Tensor]:
         """``dx_shard [M/W, K]`` and ``dw [N, K]``. Raises TransportError if a peer has failed."""
         started, scatter, gather = clock(), self._scatter, self._gather
         x, x_epoch = x.contiguous(), 0
         partials = dy.new_empty(dy.shape[0], self._columns)
+        # Before the pushes: it is written on their stream, which comes after whatever used this memory.
+        dx_shard = dy.new_empty(self._slots[1:])
         under_way = []
         try:
             if gather is not None:
@@ -135,13 +143,13 @@ class StreamedColumn:
             epoch = scatter.begin(site)
             under_way.append(scatter.mover)
             scatter.mover.push(scatter.sends, scatter.sources(partials), site)
+            slots = scatter.mover.arena.view(epoch, partials.dtype, self._slots)
+            with torch.cuda.stream(self._beside(scatter.mover.wait_beside(site), dy.device)):
+                choice.ordered_sum(slots, own=(scatter.plan.rank, partials[scatter.own]), out=dx_shard)
             if gather is not None:
                 gather.mover.wait_for_all(site)
                 x = gather.mover.arena.view(x_epoch, x.dtype, (dy.shape[0], self._columns))
             dw = torch.mm(dy.t(), x)
-            scatter.mover.wait_for_all(site)
-            slots = scatter.mover.arena.view(epoch, partials.dtype, self._slots)
-            dx_shard = choice.ordered_sum(slots, own=(scatter.plan.rank, partials[scatter.own]))
             while under_way:
                 under_way[-1].finish(site)
                 under_way.pop()

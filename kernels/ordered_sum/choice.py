@@ -13,15 +13,17 @@ from flashtrain.kernels.ordered_sum.reference import Own
 log = logging.getLogger("flashtrain.kernels")
 
 
-def ordered_sum(slots: Tensor, scale: float = 1.0, own: Own | None = None) -> Tensor:
-    """See ``reference.ordered_sum``; ``slots`` and ``own`` are contiguous."""
+def ordered_sum(
+    slots: Tensor, scale: float = 1.0, own: Own | None = None, out: Tensor | None = None
+) -> Tensor:
+    """See ``reference.ordered_sum``; all tensors are contiguous."""
     if slots.is_cuda and slots.dtype in (torch.bfloat16, torch.float16, torch.float32):
-        return _on_gpu()(slots, scale, own)
-    return reference.ordered_sum(slots, scale, own)
+        return _on_gpu()(slots, scale, own, out)
+    return reference.ordered_sum(slots, scale, own, out)
 
 
 @cache
-def _on_gpu() -> Callable[[Tensor, float, Own | None], Tensor]:
+def _on_gpu() -> Callable[[Tensor, float, Own | None, Tensor | None], Tensor]:
     try:
         from flashtrain.kernels.ordered_sum import triton
     except ImportError as error:

@@ -7,12 +7,14 @@ from torch import Tensor
 Own = tuple[int, Tensor]
 
 
-def ordered_sum(slots: Tensor, scale: float = 1.0, own: Own | None = None) -> Tensor:
+def ordered_sum(
+    slots: Tensor, scale: float = 1.0, own: Own | None = None, out: Tensor | None = None
+) -> Tensor:
     """Add ``slots`` ``[W, ...]`` in order 0..W-1 in fp32, multiply by ``scale``, round to their dtype.
 
     fp64 is added in fp64, integers in their own type. The order is the contract: floating-point sums
     depend on it, so a result that must not depend on timing may not depend on arrival. What ``own`` names is
-    read instead of its slot.
+    read instead of its slot. The sum goes to ``out`` ``[...]``, or to a tensor of its own.
     """
     terms = list(slots)
     if own is not None:
@@ -23,4 +25,5 @@ def ordered_sum(slots: Tensor, scale: float = 1.0, own: Own | None = None) -> Te
         total += term
     if scale != 1.0:
         total *= scale
-    return total.to(slots.dtype)
+    total = total.to(slots.dtype)
+    return total if out is None else out.copy_(total)

@@ -61,12 +61,14 @@ def _launch(dtype: torch.dtype, constants: tuple[tuple[str, Any], ...], device: 
     return launch(_sum_slots, arguments, dict(constants), warps=_WARPS, stages=1, device=device)[0]
 
 
-def ordered_sum(slots: Tensor, scale: float = 1.0, own: Own | None = None) -> Tensor:
+def ordered_sum(
+    slots: Tensor, scale: float = 1.0, own: Own | None = None, out: Tensor | None = None
+) -> Tensor:
     """Add contiguous ``slots`` ``[W, ...]`` (bf16, fp16, fp32) in order 0..W-1 in fp32, scale, round once.
 
-    Equal to ``reference.ordered_sum`` to the bit; ``own`` is contiguous, too. ``scale`` is rounded to fp32.
+    Equal to ``reference.ordered_sum`` to the bit; all tensors are contiguous, ``scale`` is rounded to fp32.
     """
-    total = slots.new_empty(slots.shape[1:])
+    total = slots.new_empty(slots.shape[1:]) if out is None else out
     elements = total.numel()
     if not elements:
         return total

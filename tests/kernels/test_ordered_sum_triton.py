@@ -35,7 +35,9 @@ def test_bits_equal_the_reference(shape: tuple[int, ...], dtype: torch.dtype, sc
         replaced = slots.clone()
         replaced[own] = float("nan")  # must not be read
         for function in (kernel.ordered_sum, reference.ordered_sum, choice.ordered_sum):
-            assert torch.equal(function(replaced, scale, (own, term)), wanted)
+            out = torch.full_like(wanted, 7)
+            assert function(replaced, scale, (own, term), out) is out
+            assert torch.equal(out, wanted)
 
 
 def test_addresses_that_allow_no_wide_loads() -> None:

@@ -216,6 +216,15 @@ class NvlinkTransport(Transport):
         )
         return epoch
 
+    def begin_early(self, messages: Plan, sources: list[int], site: str) -> int:
+        """The same, and push everything at once, each send from an address where it is complete."""
+        self.reserve(messages.nbytes, site)
+        program, stream = messages.program, self._stream()
+        epoch: int = self.call(
+            self._engine.open_early, site, messages.schedule.op, program, site, stream, sources
+        )
+        return epoch
+
     def push(self, sends: list[int], sources: list[int], site: str) -> None:
         """Push sends of these numbers, each from an address, behind what the stream now holds."""
         self.call(self._engine.push, site, "push", sends, sources)
@@ -235,6 +244,14 @@ class NvlinkTransport(Transport):
     def wait_for_all(self, site: str) -> None:
         """Let the stream wait for all arrivals, and for what is kept."""
         self.call(self._engine.wait_for_all, site, "wait")
+
+    def wait_beside(self, site: str) -> int:
+        """Let the copy stream wait for all arrivals instead, behind all pushes; returns its handle.
+
+        What is enqueued there runs beside the stream that computes, which joins it in ``finish``.
+        """
+        handle: int = self.call(self._engine.wait_beside, site, "wait")
+        return handle
 
     def finish(self, site: str) -> None:
         """End the operation that was begun, once its stream has nothing more to do with what landed."""

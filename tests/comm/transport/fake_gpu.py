@@ -373,9 +373,14 @@ class Fused:
 
 
 class Kept:
-    """A gather by hand, with the own rows put beside those of the others. ``feed`` and ``after`` as above."""
+    """A gather by hand, with the own rows put beside those of the others. ``feed`` and ``after`` as above.
 
-    def __init__(self, transport: NvlinkTransport, stream: Stream, schedule: Schedule, salt: int) -> None:
+    ``beside``: what has landed is read on the stream of the copies.
+    """
+
+    def __init__(
+        self, transport: NvlinkTransport, stream: Stream, schedule: Schedule, salt: int, beside: bool = False
+    ) -> None:
         self.schedule, self.stream, self.salt = schedule, stream, salt
         self.own, plan = schedule.own_rows, transport.plan(schedule, 12)
         self.source = self.rows(schedule.rank, salt)
@@ -384,14 +389,19 @@ class Kept:
         garbage = torch.full((schedule.rows, 3), -1, dtype=torch.int32)
         _mapped.append((self, leaving, garbage))
         stream.copy(leaving, self.source)
-        epoch, first = transport.begin(plan, "by hand"), leaving.data_ptr()
-        landed = transport.arena.view(epoch, torch.int32, (schedule.rows, 3))
+        first = leaving.data_ptr()
         offsets = [12 * (schedule.chunks[send.chunk].offset - self.own.start) for send in plan.sends]
-        transport.push_early(list(range(len(offsets))), [first + offset for offset in offsets], "by hand")
+        epoch = transport.begin_early(plan, [first + offset for offset in offsets], "by hand")
+        landed = transport.arena.view(epoch, torch.int32, (schedule.rows, 3))
         transport.keep(first, 12 * self.own.start, leaving.nbytes, "by hand")
-        transport.wait_for_all("by hand")
-        stream.copy(self.seen, landed)
-        stream.copy(landed, garbage)  # nobody else's, until the end
+        reader = stream
+        if beside:
+            reader = Stream.__new__(Stream)
+            reader.handle = transport.wait_beside("by hand")
+        else:
+            transport.wait_for_all("by hand")
+        reader.copy(self.seen, landed)
+        reader.copy(landed, garbage)  # nobody else's, until the end
         transport.finish("by hand")
         stream.copy(leaving, garbage[: len(leaving)])  # its next owner
 

@@ -103,7 +103,7 @@ def test_every_schedule_can_be_replayed(world: int) -> None:
             operations: list[Operation | Kept] = [
                 Operation(captured, stream, one, salt) for salt, one in enumerate(schedules)
             ]
-            operations += [Kept(captured, stream, all_gather(rows, rank), 50) for _ in range(2)]
+            operations += [Kept(captured, stream, all_gather(rows, rank), 50, beside=n > 1) for n in range(4)]
         checks = []
         for salt in range(1, 8):
             if delays.random() < 0.3:
