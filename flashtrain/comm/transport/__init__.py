@@ -48,8 +48,7 @@ class Settings:
     fastest (``comm.tune``).
     ``arena_bytes``: the most device memory that the landing buffers of one group may take on nvlink.
     ``graphs``: let operations on nvlink be captured in CUDA graphs, once they have run outside of one with
-    the same shapes. They then have landing buffers of their own, which doubles that memory. Experimental:
-    so far it has run on a simulated driver only.
+    the same shapes. They then have landing buffers of their own, which doubles that memory.
     """
 
     transport: Literal["auto", "nvlink", "host", "group"] = "auto"
