@@ -13,6 +13,7 @@ from flashtrain.nn.flops import forward_flops
 from flashtrain.nn.loss import CrossEntropy
 from flashtrain.nn.mlp import PACKING, SwiGLU
 from flashtrain.nn.norm import RMSNorm
+from flashtrain.nn.pairing import Order, Pairing
 from flashtrain.nn.rotary import Llama3Scaling, rotary_table
 
 
@@ -34,7 +35,8 @@ class Decoder(nn.Module):
     class Config:
         """``mlp_width`` is a multiple of 64; ``kv_heads`` divides ``heads``, and ``heads`` ``hidden``.
 
-        ``tied_embeddings``: the output projection is the embedding's table.
+        ``tied_embeddings``: the output projection is the embedding's table. ``pairing``: which query head
+        meets which KV head, by name or as a list (see ``Pairing.named``), in place of ``kv_heads``.
         """
 
         vocabulary: int = 256
@@ -48,11 +50,22 @@ class Decoder(nn.Module):
         norm_epsilon: float = 1e-5
         qkv_bias: bool = False
         tied_embeddings: bool = False
+        pairing: str | None = None
+        pair_order: Order = "j_major"
 
         @property
         def head_dim(self) -> int:
             """Width of one attention head."""
             return self.hidden // self.heads
+
+        def pairs(self) -> Pairing | None:
+            """The pairing, if there is one. Raises UserError for one that is not known or does not fit."""
+            if self.pairing is None:
+                return None
+            try:
+                return Pairing.named(self.pairing, self.heads, self.pair_order)
+            except UserError as error:
+                raise UserError(f"model.{error}") from None
 
         def validate(self, tensor_degree: int = 1) -> None:
             """Raise UserError for sizes that do not fit together, or do not divide by ``tensor_degree``."""
@@ -60,7 +73,8 @@ class Decoder(nn.Module):
                 if getattr(self, name) < 1:
                     raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
             _must_divide("model.hidden", self.hidden, "model.heads", self.heads)
-            _must_divide("model.heads", self.heads, "model.kv_heads", self.kv_heads)
+            if self.pairs() is None:
+                _must_divide("model.heads", self.heads, "model.kv_heads", self.kv_heads)
             _must_divide("model.mlp_width", self.mlp_width, "the packing of gate and up rows,", PACKING)
             if self.head_dim % 2:
                 raise UserError(
@@ -68,7 +82,7 @@ class Decoder(nn.Module):
                 )
             self._validate_positions()
             for name, parts in (
-                ("model.kv_heads", self.kv_heads),
+                ("model.kv_heads", self.kv_heads) if self.pairing is None else ("model.heads", self.heads),
                 ("model.vocabulary", self.vocabulary),
                 (f"model.mlp_width / {PACKING}", self.mlp_width // PACKING),
             ):
@@ -112,12 +126,14 @@ class Decoder(nn.Module):
                 writes_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
                 scale = (2 * self.config.layers) ** -0.5 if writes_residual else 1.0
                 nn.init.normal_(parameter, std=deviation * scale, generator=generator)
-            elif name.endswith(".bias"):
+            elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
 
     def _block(self) -> Block:
         config = self.config
-        attention = Attention(config.hidden, config.heads, config.kv_heads, config.head_dim, config.qkv_bias)
+        attention = Attention(
+            config.hidden, config.heads, config.kv_heads, config.head_dim, config.qkv_bias, config.pairs()
+        )
         mlp = SwiGLU(config.hidden, config.mlp_width)
         return Block(attention, mlp, config.hidden, config.norm_epsilon)
 

@@ -105,6 +105,10 @@ def config_to_hf(
     ``context`` tokens. ``dtype`` is that of the weights, without ``torch.``. Raises UserError if
     ``carried`` is of a model that cannot be like ``config``.
     """
+    if config.pairing is not None:
+        raise UserError(
+            f"model.pairing {config.pairing} has no model of transformers; what model.kv_heads says has"
+        )
     content = dict(carried) or _fresh(config, context)
     for key in ("rope_parameters", "dtype"):
         content.pop(key, None)

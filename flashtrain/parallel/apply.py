@@ -11,6 +11,7 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 from flashtrain.comm import ops
 from flashtrain.errors import UserError
 from flashtrain.parallel import data, tensor
+from flashtrain.parallel.heads import HeadParallel
 from flashtrain.parallel.mesh import DATA, TENSOR
 
 
@@ -19,7 +20,7 @@ def decoder_plan(rows: tensor.Rows) -> dict[str, ParallelStyle]:
     return {
         "embedding": tensor.VocabularyParallel(rows),
         "layers.*.attention_norm": tensor.SequenceParallel(rows),
-        "layers.*.attention.qkv": tensor.ColumnParallel(rows),
+        "layers.*.attention.qkv": HeadParallel(rows),
         "layers.*.attention.out": tensor.RowParallel(rows),
         "layers.*.mlp_norm": tensor.SequenceParallel(rows),
         "layers.*.mlp.gate_up": tensor.ColumnParallel(rows),

@@ -64,10 +64,14 @@ class ColumnParallelLinear(_OverTensorGroup, nn.Linear):
         flat = x.reshape(-1, x.shape[-1])
         keep = transport.settings().keep_gather
         # The gathered input is wanted by the weight gradient alone, if that does not gather it again.
-        y, _ = ops.all_gather_matmul(flat, _local(self.weight), self.group, self.site, total, keep, keep)
-        if self.bias is not None:
-            y = y + _local(self.bias)
+        weight, bias = self._operands()
+        y, _ = ops.all_gather_matmul(flat, weight, self.group, self.site, total, keep, keep)
+        if bias is not None:
+            y = y + bias
         return y.view(x.shape[0] * self.world, *x.shape[1:-1], y.shape[-1]) if x.dim() > 2 else y
+
+    def _operands(self) -> tuple[Tensor, Tensor | None]:
+        return _local(self.weight), None if self.bias is None else _local(self.bias)
 
 
 class RowParallelLinear(_OverTensorGroup, nn.Linear):

@@ -1,0 +1,69 @@
+"""Tile sizes of the pairing-attention kernels, and what the kernels refuse."""
+
+from dataclasses import dataclass
+
+import torch
+
+_WIDEST = 128
+_SECTION_BYTES = 24 << 20  # keys and values that blocks at work at the same time read: half of the L2 cache
+_FILLED = 4  # blocks a multiprocessor from which on the longest block matters little
+
+
+@dataclass(frozen=True)
+class Tiles:
+    """A block holds ``rows`` of its own head and walks over the other side ``columns`` at a time."""
+
+    rows: int
+    columns: int
+    warps: int
+    stages: int
+
+
+@dataclass(frozen=True)
+class Config:
+    """Tiles of the forward kernel, of that of the keys' and values' gradients, and of the queries'."""
+
+    forward: Tiles
+    keys: Tiles
+    queries: Tiles
+
+
+# By registers: at 8 warps a tile [128, 128] of scores takes 64 of a thread's 255, an accumulator
+# [128, D] D/2. The gradient of keys and values holds two accumulators and two tiles of scores at once.
+_NARROW = Config(Tiles(128, 128, 8, 3), Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3))
+_WIDE = Config(Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2))
+# fp32 is for comparing runs: products are IEEE fp32 on the plain units, so small tiles and no pipeline.
+_SINGLE = Config(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1))
+
+
+def config_of(dtype: torch.dtype, width: int) -> Config:
+    """The choice for heads of ``width`` values."""
+    if dtype == torch.float32:
+        return _SINGLE
+    return _NARROW if width <= 64 else _WIDE
+
+
+def section_of(heads: int, tokens: int, width: int, itemsize: int) -> int:
+    """How many heads work through all their tiles before the next: a divisor of ``heads``.
+
+    So that what they read of ``tokens`` keys and values a head stays in the cache.
+    """
+    most = max(1, _SECTION_BYTES // (2 * tokens * width * itemsize))
+    return next(count for count in range(min(most, heads), 0, -1) if heads % count == 0)
+
+
+def splits_of(blocks: int, most: int, processors: int) -> int:
+    """Into how many blocks to cut the sum over a head's pairs, at most ``most``: enough to fill the GPU."""
+    splits = 1
+    while splits * 2 <= most and blocks * splits < _FILLED * processors:
+        splits *= 2
+    return splits
+
+
+def refusal(dtype: torch.dtype, width: int) -> str | None:
+    """Why the kernels cannot run heads of ``width`` values, in one line, or None."""
+    if dtype not in (torch.bfloat16, torch.float16, torch.float32):
+        return f"pairing attention takes bfloat16, float16 and float32 on a GPU, not {dtype}; cast the heads"
+    if width > _WIDEST or width % 8:
+        return f"pairing attention takes heads of up to {_WIDEST} values, in eights, on a GPU, not {width}"
+    return None

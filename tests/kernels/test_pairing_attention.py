@@ -1,0 +1,142 @@
+"""Pairing attention: reference against torch's own, kernels against fp64, sums in one order."""
+
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn.functional import scaled_dot_product_attention
+
+from flashtrain.errors import UserError
+from flashtrain.kernels.pairing_attention import op, reference
+from flashtrain.kernels.pairing_attention.config import section_of, splits_of
+from tests.kernels.interpreter import DEVICE, interpreted
+
+with interpreted():
+    from flashtrain.kernels.pairing_attention import triton as kernels
+
+FULL = ((0, 1, 0, 1, 0, 1), (0, 0, 1, 1, 2, 2))  # 2 query heads with 3 KV heads, j-major
+LISTED = ((2, 0, 2, 1), (0, 1, 1, 0))
+
+
+def inputs(
+    tokens: tuple[int, int], width: int, pairs: tuple[tuple[int, ...], tuple[int, ...]] = FULL, batch: int = 2
+) -> list[Tensor]:
+    """Query, key and value in fp32, as views of a packed projection ``[S, B, heads, D]``."""
+    draw = torch.Generator().manual_seed(tokens[0])
+    queries, keys = max(pairs[0]) + 1, max(pairs[1]) + 1
+    packed = torch.randn(tokens[0], batch, queries + 1, width, generator=draw, dtype=torch.float64)
+    both = torch.randn(2, tokens[1], batch, keys, width, generator=draw, dtype=torch.float64)
+    given = [packed[:, :, :queries], *both]
+    return [x.permute(1, 2, 0, 3).float().to(DEVICE) for x in given]
+
+
+def outcome(function: Any, given: list[Tensor], *arguments: Any) -> list[Tensor]:
+    """Both outputs, and the gradients that slopes of both make."""
+    leaves = [x.detach().requires_grad_() for x in given]
+    outputs = function(*leaves, *arguments)
+    draw = torch.Generator().manual_seed(1)
+    slopes = [
+        torch.randn(y.shape, generator=draw, dtype=torch.float64).to(y.dtype).to(DEVICE) for y in outputs
+    ]
+    return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves, slopes)]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+def test_reference_is_attention_of_each_pair(causal: bool) -> None:
+    query, key, value = (x.double() for x in inputs((5, 5), 8, LISTED))
+    out, logsumexp = reference.pairing_attention(query, key, value, *LISTED, causal)
+    for pair, (i, j) in enumerate(zip(*LISTED, strict=True)):
+        wanted = scaled_dot_product_attention(query[:, i], key[:, j], value[:, j], is_causal=causal)
+        torch.testing.assert_close(out[:, pair], wanted)
+    assert logsumexp.shape == (2, 4, 5)
+
+
+@pytest.mark.parametrize(
+    ("tokens", "width", "pairs", "causal"),
+    [
+        ((70, 70), 16, FULL, True),
+        ((70, 70), 16, FULL, False),
+        ((33, 75), 24, LISTED, True),
+        ((64, 40), 8, LISTED, False),
+        ((1, 37), 8, FULL, True),
+        ((96, 96), 8, ((0,) * 4, (0, 1, 2, 3)), True),
+        ((40, 40), 8, ((0, 1, 2, 3), (0,) * 4), True),
+    ],
+)
+def test_kernels_equal_fp64(
+    tokens: tuple[int, int], width: int, pairs: Any, causal: bool, poisoned_memory: None
+) -> None:
+    given = inputs(tokens, width, pairs)
+    true = outcome(reference.pairing_attention, [x.double() for x in given], *pairs, causal)
+    for found, other in zip(outcome(op.pairing_kernels, given, *pairs, causal), true, strict=True):
+        assert found.isfinite().all(), "an element was not written"
+        torch.testing.assert_close(found.double(), other, rtol=1e-4, atol=1e-5)
+
+
+def test_sums_that_are_split_among_blocks_equal_whole_ones(
+    monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+) -> None:
+    given = inputs((40, 40), 8)
+    monkeypatch.setattr(kernels, "splits_of", lambda *_: 1)
+    whole = outcome(op.pairing_kernels, given, *FULL, True)
+    for splits in (2, 3):
+        monkeypatch.setattr(kernels, "splits_of", lambda *_, splits=splits: splits)
+        for found, other in zip(outcome(op.pairing_kernels, given, *FULL, True), whole, strict=True):
+            torch.testing.assert_close(found, other, rtol=1e-5, atol=1e-6)
+
+
+def test_sections_change_no_bit(monkeypatch: pytest.MonkeyPatch, poisoned_memory: None) -> None:
+    given = inputs((40, 40), 8)
+    whole = outcome(op.pairing_kernels, given, *FULL, True)
+    monkeypatch.setattr(kernels, "section_of", lambda *_: 1)
+    for found, other in zip(outcome(op.pairing_kernels, given, *FULL, True), whole, strict=True):
+        assert torch.equal(found, other)
+
+
+def test_gradients_that_are_expanded_views_are_taken(poisoned_memory: None) -> None:
+    given = [x.requires_grad_() for x in inputs((20, 20), 8)]
+    out, _ = op.pairing_kernels(*given, *FULL, True)
+    found = torch.autograd.grad(out.sum(), given)
+    wanted = torch.autograd.grad(reference.pairing_attention(*given, *FULL, True)[0].sum(), given)
+    for one, other in zip(found, wanted, strict=True):
+        torch.testing.assert_close(one, other, rtol=1e-4, atol=1e-5)
+
+
+def test_outputs_lie_as_the_next_projection_reads_them() -> None:
+    out, _ = op.pairing_kernels(*inputs((20, 20), 8), *FULL, True)
+    assert out.permute(2, 0, 1, 3).is_contiguous()
+
+
+def test_the_op_passes_opcheck() -> None:
+    given = tuple(x.requires_grad_() for x in inputs((8, 8), 8))
+    torch.library.opcheck(op.pairing_kernels, (*given, *map(list, FULL), True))
+
+
+def test_sections_and_splits_divide_the_work() -> None:
+    assert section_of(32, 4096, 64, 2) == 16
+    assert section_of(32, 1 << 20, 128, 2) == 1
+    assert section_of(6, 128, 64, 2) == 6
+    assert splits_of(512, 8, 132) == 2
+    assert splits_of(1, 8, 132) == 8
+    assert splits_of(1, 5, 132) == 4
+    assert splits_of(600, 8, 132) == 1
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        ({"key": torch.zeros(2, 3, 4, 16)}, "must be"),
+        ({"key": torch.zeros(2, 3, 4, 8).double(), "value": torch.zeros(2, 3, 4, 8).double()}, "one dtype"),
+        ({"key": torch.zeros(2, 3, 3, 8), "value": torch.zeros(2, 3, 3, 8)}, "need as many keys"),
+        ({"query_of": (0, 1)}, "2 query heads and 6 KV heads make no pairs"),
+        ({"query_of": (0, 2) * 3}, "query heads 0 to 2; there are 2"),
+        ({"key_of": (-1,) * 6}, "KV heads -1 to -1; there are 3"),
+    ],
+)
+def test_inputs_that_do_not_fit_are_refused(change: dict[str, Any], message: str) -> None:
+    names = ("query", "key", "value")
+    given = dict(zip(names, (torch.zeros(2, n, 4, 8) for n in (2, 3, 3)), strict=True))
+    with pytest.raises(UserError) as raised:
+        op.pairing_attention(**({**given, "query_of": FULL[0], "key_of": FULL[1]} | change))
+    assert message in str(raised.value)
