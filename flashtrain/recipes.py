@@ -1,6 +1,7 @@
 """Named starting points: functions that return the config of a run."""
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 
 from flashtrain.models.decoder import Decoder
@@ -42,7 +43,36 @@ def continue_pretraining() -> Trainer.Config:
     )
 
 
+def gqkva() -> Trainer.Config:
+    """The demo with every one of 3 query heads and its 2 KV heads as a pair (GQKVA, arXiv 2311.03426)."""
+    config = demo()
+    return replace(config, model=replace(config.model, pairing="gqkva-3.2"))
+
+
+def gqkva_1b() -> Trainer.Config:
+    """LLaMA-1B with 8 query heads and 4 KV heads in 32 pairs, in bf16, for one GPU of 80 GB; bring your data.
+
+    The shape is TinyLlama's (22 layers, hidden 2048) with the pairs of GQKVA (arXiv 2311.03426).
+    """
+    return Trainer.Config(
+        model=Decoder.Config(
+            vocabulary=32000,
+            hidden=2048,
+            layers=22,
+            heads=32,
+            mlp_width=5632,
+            pairing="gqkva-8.4",
+        ),
+        train=Training(steps=20_000, dtype="bfloat16", batch=32, accumulate=16, sequence=4096),
+        optimizer=AdamW.Config(learning_rate=4e-4, warmup=1000),
+        parallel=Degrees(tensor=1),
+        checkpoint=Checkpointing(every=500),
+    )
+
+
 RECIPES: dict[str, Callable[[], Trainer.Config]] = {
     "demo": demo,
     "continue-pretraining": continue_pretraining,
+    "gqkva": gqkva,
+    "gqkva-1b": gqkva_1b,
 }

@@ -25,7 +25,11 @@ def add_parser(subparsers: Any) -> None:
             "started are used; flashtrain nodes prints how to start them."
         ),
     )
-    parser.add_argument("recipe", metavar="RECIPE", help="where settings start: demo or continue-pretraining")
+    parser.add_argument(
+        "recipe",
+        metavar="RECIPE",
+        help="where settings start: demo or continue-pretraining or gqkva or gqkva-1b",
+    )
     parser.add_argument("--config", type=Path, metavar="FILE.toml", help="settings to change, as TOML")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/RECIPE)")
     parser.add_argument_group(

@@ -28,9 +28,11 @@ class Config:
     queries: Tiles
 
 
-# By registers: at 8 warps a tile [128, 128] of scores takes 64 of a thread's 255, an accumulator
-# [128, D] D/2. The gradient of keys and values holds two accumulators and two tiles of scores at once.
-_NARROW = Config(Tiles(128, 128, 8, 3), Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3))
+# By registers (ptxas for sm_90): at 8 warps a tile [128, 64] of scores takes 32 of a thread's 255, an
+# accumulator [128, D] D/4. Forward at D 64 then takes 112, so that two blocks share a multiprocessor and the
+# exponentials of one run under the products of the other. Keys and values hold two accumulators and two tiles
+# at once: 246.
+_NARROW = Config(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3))
 _WIDE = Config(Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2))
 # fp32 is for comparing runs: products are IEEE fp32 on the plain units, so small tiles and no pipeline.
 _SINGLE = Config(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1))

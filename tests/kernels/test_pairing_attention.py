@@ -1,5 +1,8 @@
 """Pairing attention: reference against torch's own, kernels against fp64, sums in one order."""
 
+import os
+import subprocess
+import sys
 from typing import Any
 
 import pytest
@@ -121,6 +124,43 @@ def test_sections_and_splits_divide_the_work() -> None:
     assert splits_of(1, 8, 132) == 8
     assert splits_of(1, 5, 132) == 4
     assert splits_of(600, 8, 132) == 1
+
+
+COMPILED = """
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource, compile
+from flashtrain.kernels.pairing_attention.backward import keys_gradient_kernel
+from flashtrain.kernels.pairing_attention.forward import forward_kernel
+from flashtrain.kernels.pairing_attention.queries import queries_gradient_kernel
+
+for kernel, rows, columns in ((forward_kernel, 128, 64), (keys_gradient_kernel, 64, 128),
+                              (queries_gradient_kernel, 128, 64)):
+    given = {"BM": rows, "BN": columns, "D": 64, "CAUSAL": True, "PRECISION": "tf32", "STAGES": 2}
+    kinds = dict.fromkeys(p.name for p in kernel.params) | dict.fromkeys(given, "constexpr")
+    for name in kinds:
+        kinds[name] = kinds[name] or {
+            "q_desc": f"tensordesc<bf16[1,1,{rows},64]>", "do_desc": f"tensordesc<bf16[1,1,{rows},64]>",
+            "k_desc": f"tensordesc<bf16[1,1,{columns},64]>", "v_desc": f"tensordesc<bf16[1,1,{columns},64]>",
+            "logsumexp": "*fp32", "delta": "*fp32", "out": "*bf16", "d_key": "*bf16", "d_value": "*bf16",
+            "d_query": "*bf16", "query_of": "*i32", "key_of": "*i32", "lists": "*i32", "scale": "fp32",
+        }.get(name, "i32")
+    names = list(kinds)
+    source = ASTSource(kernel, kinds, {(names.index(name),): value for name, value in given.items()})
+    text = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 8}).asm["ttgir"]
+    print(text.count("tt.dot "), text.count("warp_group_dot "), text.count("tt.trans"))
+"""
+
+
+def test_compiled_for_hopper_every_product_is_of_the_tensor_cores_and_none_is_transposed_in_registers() -> (
+    None
+):
+    """Two loops each, of 2 products forward, 4 for keys, 3 for queries."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    ran = subprocess.run(
+        [sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert ran.stdout.split("\n")[:3] == ["0 4 0", "0 8 0", "0 6 0"]
 
 
 @pytest.mark.parametrize(

@@ -1,0 +1,131 @@
+"""Pairing attention on a GPU: full tiles, every dtype and width, ragged and cached, against fp64.
+
+Triton 3.4 to 3.7.0 miscompiles some products on Hopper (flash-linear-attention#640), so every gradient is
+compared for every dtype: an error of a thousandth is a rounding, one of a tenth is not.
+"""
+
+import pytest
+import torch
+from torch import Tensor
+
+from flashtrain.kernels.pairing_attention import op, reference
+from flashtrain.models.decoder import Decoder
+from flashtrain.nn.attend import Heads
+from flashtrain.nn.paired import attend_pairs
+from flashtrain.nn.pairing import Pairing
+
+pytestmark = [
+    pytest.mark.gpu,
+    pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU"),
+]
+BOUNDS = {torch.bfloat16: 8e-3, torch.float16: 1e-3, torch.float32: 2e-5}
+NAMES = ("out", "logsumexp", "dq", "dk", "dv")
+
+
+def error(found: Tensor, true: Tensor) -> float:
+    assert not found.isnan().any(), "an element was not written"
+    return float((found.double() - true).norm() / true.norm())
+
+
+def inputs(
+    pairing: Pairing, width: int, new: int, every: int, dtype: torch.dtype, batch: int = 2
+) -> list[Tensor]:
+    """Views of packed projections ``[S, B, heads, D]``."""
+    shapes = ((new, pairing.n_q), (every, pairing.n_kv), (every, pairing.n_kv))
+    packed = [torch.randn(s, batch, n + 1, width, device="cuda").to(dtype) for s, n in shapes]
+    return [x[:, :, 1:].permute(1, 2, 0, 3) for x in packed]
+
+
+def outcome(function: object, given: list[Tensor], slopes: list[Tensor], *more: object) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in given]
+    outputs = function(*leaves, *more)  # type: ignore[operator]
+    return [*(y.detach() for y in outputs), *torch.autograd.grad(outputs, leaves, slopes)]
+
+
+def compare(
+    name: str, heads: int, width: int, new: int, every: int, dtype: torch.dtype, causal: bool
+) -> None:
+    pairing = Pairing.named(name, heads)
+    maps = list(pairing.query_of), list(pairing.key_of)
+    given = inputs(pairing, width, new, every, dtype)
+    slopes = [
+        torch.randn(2, heads, new, width, device="cuda").to(dtype),
+        torch.randn(2, heads, new, device="cuda"),
+    ]
+    wide = [x.double() for x in slopes]
+    true = outcome(reference.pairing_attention, [x.double() for x in given], wide, *maps, causal)
+    found = outcome(op.pairing_kernels, given, slopes, *maps, causal)
+    for label, one, other in zip(NAMES, found, true, strict=True):
+        assert error(one, other) < BOUNDS[dtype], label
+    for one, other in zip(found, outcome(op.pairing_kernels, given, slopes, *maps, causal), strict=True):
+        assert torch.equal(one, other), "other bits in a second run"
+
+
+@pytest.mark.parametrize("dtype", BOUNDS)
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("name", ["gqkva-4.2", "mkva", "mqa", "gkva-4"])
+def test_every_output_and_gradient_equals_fp64(
+    name: str, width: int, dtype: torch.dtype, poisoned_memory: None
+) -> None:
+    compare(name, 8, width, 777, 777, dtype, True)
+
+
+@pytest.mark.parametrize("width", [8, 32, 80, 96])
+def test_every_width(width: int, poisoned_memory: None) -> None:
+    compare("gqkva-3.2", 6, width, 300, 300, torch.bfloat16, True)
+
+
+@pytest.mark.parametrize(("new", "every"), [(197, 197), (300, 129), (129, 300)])
+def test_attention_to_all_keys(new: int, every: int, poisoned_memory: None) -> None:
+    compare("gqkva-3.2", 6, 64, new, every, torch.bfloat16, False)
+
+
+@pytest.mark.parametrize(
+    ("new", "every"), [(1, 1), (1, 513), (17, 300), (128, 256), (1024, 1024), (1023, 1025)]
+)
+def test_new_tokens_after_earlier_ones(new: int, every: int, poisoned_memory: None) -> None:
+    compare("0:1 2:0 1:1 0:0", 4, 64, new, every, torch.bfloat16, True)
+
+
+def test_errors_do_not_grow_with_the_sequence() -> None:
+    compare("gqkva-2.1", 2, 64, 8192, 8192, torch.bfloat16, True)
+
+
+def test_both_methods_agree() -> None:
+    pairing = Pairing.named("gqkva-4.2", 8)
+    heads = Heads(*inputs(pairing, 64, 500, 500, torch.bfloat16))
+    for causal in (True, False):
+        ours, stock = (attend_pairs(heads, pairing, causal, method) for method in ("kernel", "expand"))
+        assert error(ours, stock.double()) < BOUNDS[torch.bfloat16]
+
+
+@pytest.mark.parametrize("pairing", ["gqkva-4.2", "mkva"])
+def test_a_decoder_equals_itself_on_the_cpu(pairing: str) -> None:
+    config = Decoder.Config(hidden=256, layers=2, heads=8, mlp_width=512, pairing=pairing)
+    model = Decoder(config, torch.Generator().manual_seed(0))
+    tokens = torch.randint(0, 256, (2, 150, 2))
+    model(*tokens).backward()
+    wanted = [p.grad.clone() for p in model.parameters()]
+    model.zero_grad()
+    model.cuda()
+    model(*tokens.cuda()).backward()
+    for parameter, other in zip(model.parameters(), wanted, strict=True):
+        assert error(parameter.grad, other.double().cuda()) < 1e-3
+    with torch.inference_mode():
+        logits = model(tokens[0].cuda())
+        first, past = model.extend(tokens[0, :140].cuda())
+        rest = [first]
+        for position in range(140, 150):
+            row, past = model.extend(tokens[0, position : position + 1].cuda(), past)
+            rest.append(row)
+        assert error(torch.cat(rest), logits.double()) < 1e-4
+
+
+def test_compiled_it_is_the_same() -> None:
+    pairing = Pairing.named("gqkva-4.2", 8)
+    given = inputs(pairing, 64, 256, 256, torch.bfloat16)
+
+    def function(*heads: Tensor) -> Tensor:
+        return attend_pairs(Heads(*heads), pairing)
+
+    assert torch.equal(torch.compile(function, fullgraph=True)(*given), function(*given))
