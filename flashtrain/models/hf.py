@@ -105,10 +105,6 @@ def config_to_hf(
     ``context`` tokens. ``dtype`` is that of the weights, without ``torch.``. Raises UserError if
     ``carried`` is of a model that cannot be like ``config``.
     """
-    if config.pairing is not None:
-        raise UserError(
-            f"model.pairing {config.pairing} has no model of transformers; what model.kv_heads says has"
-        )
     content = dict(carried) or _fresh(config, context)
     for key in ("rope_parameters", "dtype"):
         content.pop(key, None)
@@ -179,7 +175,14 @@ class Weight:
 
 
 def weights(config: Decoder.Config) -> list[Weight]:
-    """All parameters of the decoder in the order in which it computes; each part occurs once."""
+    """All parameters of the decoder in the order in which it computes; each part occurs once.
+
+    Raises UserError for a decoder with pairs of heads, which no model of transformers has.
+    """
+    if config.pairing is not None:
+        raise UserError(
+            f"model.pairing {config.pairing} has no model of transformers; what model.kv_heads says has"
+        )
     hidden, head = config.hidden, config.head_dim
 
     def plain(ours: str, theirs: str, rows: int, *rest: int) -> Weight:

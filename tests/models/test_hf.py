@@ -200,6 +200,11 @@ def test_a_missing_size_is_named(key: str) -> None:
         hf.config_from_hf({name: value for name, value in LLAMA.items() if name != key}, "x")
 
 
+def test_pairs_of_heads_have_no_model_there() -> None:
+    with pytest.raises(UserError, match=r"model\.pairing gqa-2 has no model of transformers"):
+        hf.weights(replace(CONFIG, pairing="gqa-2"))
+
+
 def test_a_config_that_came_along_must_be_of_the_model() -> None:
     with pytest.raises(UserError, match="is of another model: a llama cannot be like"):
         hf.config_to_hf(replace(LLAMA_8B, qkv_bias=True), "float32", 512, LLAMA)
