@@ -24,3 +24,8 @@ def rows_of(x: Tensor) -> Tensor:
 def empty_heads(packed: Tensor, heads: int, width: int) -> Tensor:
     """Uninitialised ``[B, heads, S, width]`` for ``packed [S, B, ...]``; the sequence is first in memory."""
     return packed.new_empty(*packed.shape[:2], heads, width).permute(1, 2, 0, 3)
+
+
+def heads_like(x: Tensor, heads: int) -> Tensor:
+    """Uninitialised ``[B, heads, S, D]`` for ``x [B, n, S, D]``; the sequence is first in memory."""
+    return empty_heads(x.permute(2, 0, 1, 3), heads, x.shape[3])

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor
 
 from flashtrain.errors import UserError
+from flashtrain.kernels.layout import heads_like
 from flashtrain.kernels.pairing_attention import reference
 from flashtrain.kernels.pairing_attention.config import refusal
 
@@ -50,7 +51,7 @@ def _(
     query: Tensor, key: Tensor, value: Tensor, query_of: Sequence[int], key_of: Sequence[int], causal: bool
 ) -> tuple[Tensor, Tensor]:
     shape = (query.shape[0], len(query_of), query.shape[2])
-    return sequence_first(query, len(query_of)), query.new_empty(shape, dtype=torch.float32)
+    return heads_like(query, len(query_of)), query.new_empty(shape, dtype=torch.float32)
 
 
 @torch.library.custom_op("flashtrain::pairing_attention_backward", mutates_args=())
@@ -87,16 +88,7 @@ def _(
     key_of: Sequence[int],
     causal: bool,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    return tuple(sequence_first(x, x.shape[1]) for x in (query, key, value))  # type: ignore[return-value]
-
-
-def sequence_first(x: Tensor, heads: int) -> Tensor:
-    """Uninitialised ``[B, heads, S, D]`` like ``x [B, n, S, D]``, in memory ``[S, B, heads, D]``.
-
-    So that heads side by side are the rows that the projections beside attention take and give.
-    """
-    batch, _, sequence, width = x.shape
-    return x.new_empty(sequence, batch, heads, width).permute(1, 2, 0, 3)
+    return tuple(heads_like(x, x.shape[1]) for x in (query, key, value))  # type: ignore[return-value]
 
 
 def _setup(ctx: Any, inputs: tuple[Any, ...], output: Any) -> None:

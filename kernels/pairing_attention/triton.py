@@ -8,10 +8,10 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from flashtrain.kernels.layout import heads_like
 from flashtrain.kernels.pairing_attention.backward import delta_kernel, keys_gradient_kernel
 from flashtrain.kernels.pairing_attention.config import Config, config_of, section_of, splits_of
 from flashtrain.kernels.pairing_attention.forward import forward_kernel
-from flashtrain.kernels.pairing_attention.op import sequence_first
 from flashtrain.kernels.pairing_attention.queries import queries_gradient_kernel
 
 _LOG2E = 1.4426950408889634
@@ -55,7 +55,7 @@ def forward(
     """See ``reference.pairing_attention``; ``config`` in place of the measured one."""
     sizes = _Sizes(query, key, query_of, key_of, causal)
     tiles = (config or config_of(query.dtype, query.shape[3])).forward
-    out = sequence_first(query, sizes.pairs)
+    out = heads_like(query, sizes.pairs)
     logsumexp = torch.empty(
         sizes.batch, sizes.pairs, sizes.sequence, dtype=torch.float32, device=query.device
     )
@@ -176,7 +176,7 @@ class _Walk(NamedTuple):
     def outputs(self, x: Tensor) -> Tensor:
         """Memory for a gradient, ``[splits, B, heads, tokens, D]``: fp32 where parts are to be added."""
         if self.splits == 1:
-            return sequence_first(x, self.heads).unsqueeze(0)
+            return heads_like(x, self.heads).unsqueeze(0)
         batch, heads, tokens, width = x.shape
         parts = torch.empty(self.splits, tokens, batch, heads, width, dtype=torch.float32, device=x.device)
         return parts.permute(0, 2, 3, 1, 4)
