@@ -94,8 +94,8 @@ def over_rows(  # type: ignore[no-untyped-def]
         row = start + tl.arange(0, BM)
         queries = rows_of(q_desc, batch, query_head, start, BM, D)
         scores = tl.dot(keys_tile, queries.T, input_precision=PRECISION)
-        # Rows beyond the sequence get weight 0.
-        norm = tl.load(logsumexp + row, mask=row < sequence, other=float("inf")) * LOG2E
+        # Rows beyond the sequence weigh something finite, and their dO and delta are 0.
+        norm = tl.load(logsumexp + row, mask=row < sequence, other=0.0) * LOG2E
         weights = tl.exp2(scores * scale - norm[None, :])
         if MASKED:
             weights = tl.where(column[:, None] <= row[None, :] + before, weights, 0.0)

@@ -102,7 +102,7 @@ def queries_gradient_kernel(  # type: ignore[no-untyped-def]
         pair = tl.load(lists + place)
         key_head = tl.load(key_of + pair)
         line = (batch * pairs + pair).to(tl.int64) * sequence + row
-        norm = tl.load(logsumexp + line, mask=row < sequence, other=float("inf")) * LOG2E
+        norm = tl.load(logsumexp + line, mask=row < sequence, other=0.0) * LOG2E
         mean = tl.load(delta + line, mask=row < sequence, other=0.0)
         d_out = rows_of(do_desc, batch, pair, first_row, BM, D)
         d_queries = over_keys(

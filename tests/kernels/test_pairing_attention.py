@@ -97,6 +97,16 @@ def test_sections_change_no_bit(monkeypatch: pytest.MonkeyPatch, poisoned_memory
         assert torch.equal(found, other)
 
 
+def test_keys_beyond_the_last_weigh_nothing_however_low_the_scores(poisoned_memory: None) -> None:
+    query, key, value = inputs((20, 20), 16)
+    given = [query.abs() * 30, -key.abs() * 30, value]
+    true = outcome(reference.pairing_attention, [x.double() for x in given], *FULL, False)
+    assert true[1].max() < -200, "scores that would not overflow"
+    for found, other in zip(outcome(op.pairing_kernels, given, *FULL, False), true, strict=True):
+        assert found.isfinite().all()
+        torch.testing.assert_close(found.double(), other, rtol=1e-3, atol=1e-2)
+
+
 def test_gradients_that_are_expanded_views_are_taken(poisoned_memory: None) -> None:
     given = [x.requires_grad_() for x in inputs((20, 20), 8)]
     out, _ = op.pairing_kernels(*given, *FULL, True)
