@@ -1,4 +1,4 @@
-"""A Llama-style decoder: RMSNorm, grouped-query attention with rotary positions, SwiGLU."""
+"""A Llama-style decoder: RMSNorm, grouped-query attention with rotary positions, SwiGLU; or a hybrid."""
 
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -10,11 +10,18 @@ from flashtrain.errors import UserError
 from flashtrain.nn.attention import Attention
 from flashtrain.nn.block import Block
 from flashtrain.nn.flops import forward_flops
+from flashtrain.nn.flowhn import FlowHN
+from flashtrain.nn.hybrid import ParallelHeads, Pattern, Sublayers
 from flashtrain.nn.loss import CrossEntropy
 from flashtrain.nn.mlp import PACKING, SwiGLU
 from flashtrain.nn.norm import RMSNorm
 from flashtrain.nn.pairing import Order, Pairing
-from flashtrain.nn.rotary import Llama3Scaling, rotary_table
+from flashtrain.nn.rotary import Llama3Scaling, no_positions, rotary_table
+
+# Projections that write to the residual stream.
+_WRITING = tuple(
+    f"{name}.weight" for name in ("attention.out", "ssm.out", "mlp.down", "join", "fuse", "final")
+)
 
 
 class Past(NamedTuple):
@@ -36,7 +43,8 @@ class Decoder(nn.Module):
         """``mlp_width`` is a multiple of 64; ``kv_heads`` divides ``heads``, and ``heads`` ``hidden``.
 
         ``tied_embeddings``: the output projection is the embedding's table. ``pairing``: which query head
-        meets which KV head, by name or as a list (see ``Pairing.named``), in place of ``kv_heads``.
+        meets which KV head, by name or as a list (see ``Pairing.named``), in place of ``kv_heads``. ``layout``: blocks of
+        attention and SSM mixers; None: each is attention, then an MLP.
         """
 
         vocabulary: int = 256
@@ -52,6 +60,7 @@ class Decoder(nn.Module):
         tied_embeddings: bool = False
         pairing: str | None = None
         pair_order: Order = "j_major"
+        layout: Pattern.Config | ParallelHeads.Config | FlowHN.Config | None = None
 
         @property
         def head_dim(self) -> int:
@@ -81,6 +90,8 @@ class Decoder(nn.Module):
                     f"model.hidden / model.heads is {self.head_dim}; rotary positions need it even"
                 )
             self._validate_positions()
+            if self.layout is not None:
+                self.layout.validate("model.layout", self.hidden, self.layers, tensor_degree)
             for name, parts in (
                 ("model.kv_heads", self.kv_heads) if self.pairing is None else ("model.heads", self.heads),
                 ("model.vocabulary", self.vocabulary),
@@ -108,7 +119,7 @@ class Decoder(nn.Module):
         super().__init__()
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary, config.hidden)
-        self.layers = nn.ModuleList(self._block() for _ in range(config.layers))
+        self.layers = nn.ModuleList(self._block(index) for index in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.norm_epsilon)
         self.head = nn.Linear(config.hidden, config.vocabulary, bias=False)
         if config.tied_embeddings:
@@ -123,19 +134,30 @@ class Decoder(nn.Module):
         deviation = (2 / (5 * self.config.hidden)) ** 0.5
         for name, parameter in self.named_parameters():
             if parameter.dim() == 2 and not parameter.is_meta:
-                writes_residual = name.endswith(("attention.out.weight", "mlp.down.weight"))
+                writes_residual = name.endswith(_WRITING)
                 scale = (2 * self.config.layers) ** -0.5 if writes_residual else 1.0
                 nn.init.normal_(parameter, std=deviation * scale, generator=generator)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
+        for module in self.modules():  # an SSM's rates and steps
+            if callable(initialise := getattr(module, "initialise", None)):
+                initialise(generator)
 
-    def _block(self) -> Block:
+    def _block(self, index: int) -> nn.Module:
         config = self.config
-        attention = Attention(
+        if config.layout is not None:
+            of = Sublayers(config.hidden, config.norm_epsilon, self._attention, self._mlp)
+            return config.layout.block(index, of)
+        return Block(self._attention(), self._mlp(), config.hidden, config.norm_epsilon)
+
+    def _attention(self) -> Attention:
+        config = self.config
+        return Attention(
             config.hidden, config.heads, config.kv_heads, config.head_dim, config.qkv_bias, config.pairs()
         )
-        mlp = SwiGLU(config.hidden, config.mlp_width)
-        return Block(attention, mlp, config.hidden, config.norm_epsilon)
+
+    def _mlp(self) -> SwiGLU:
+        return SwiGLU(self.config.hidden, self.config.mlp_width)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """``tokens [S, B]`` -> logits ``[S, B, V]``, or with ``targets [S, B]`` the mean loss in nats."""
@@ -159,6 +181,8 @@ class Decoder(nn.Module):
 
     def _rotary(self, tokens: Tensor, before: int = 0) -> Tensor:
         config = self.config
+        if config.layout is not None and not config.layout.positions:
+            return no_positions(tokens.shape[0], config.head_dim, tokens.device)
         return rotary_table(
             tokens.shape[0], config.head_dim, config.rope_theta, tokens.device, config.rope_scaling, before
         )

@@ -105,6 +105,10 @@ def config_to_hf(
     ``context`` tokens. ``dtype`` is that of the weights, without ``torch.``. Raises UserError if
     ``carried`` is of a model that cannot be like ``config``.
     """
+    if config.layout is not None:
+        raise UserError(
+            f"model.layout is a {type(config.layout).__qualname__}; only models without one can be converted"
+        )
     content = dict(carried) or _fresh(config, context)
     for key in ("rope_parameters", "dtype"):
         content.pop(key, None)

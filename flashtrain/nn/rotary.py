@@ -53,3 +53,9 @@ def rotary_table(
     angle = position[:, None] * frequency
     angle = torch.cat([angle, angle], dim=-1)
     return torch.stack([angle.cos(), angle.sin()]).float()
+
+
+def no_positions(sequence: int, head_dim: int, device: torch.device | None = None) -> Tensor:
+    """A table ``[2, sequence, head_dim]`` that turns nothing: attention knows order by its mask alone."""
+    shape = (sequence, head_dim)
+    return torch.stack([torch.ones(shape, device=device), torch.zeros(shape, device=device)])

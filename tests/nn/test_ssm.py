@@ -28,10 +28,11 @@ def tokens(sequence: int, dtype: torch.dtype = torch.float64) -> Tensor:
 def test_layer_equals_the_equations_written_out(groups: int) -> None:
     layer, x = mixer(groups), tokens(7)
     inner, shared = HEADS * WIDTH, groups * STATES
-    packed = x @ layer.inputs.weight.t()
+    packed = x @ layer.packed().t()
     z, mixed, dt = packed.split([inner, inner + 2 * shared, HEADS], dim=-1)
     columns = pad(mixed.permute(1, 2, 0), (3, 0))
-    convolved = conv1d(columns, layer.conv_weight.unsqueeze(1), layer.conv_bias, groups=mixed.shape[-1])
+    weight, bias = (torch.cat([of[part] for part in "xBC"]) for of in (layer.conv_weight, layer.conv_bias))
+    convolved = conv1d(columns, weight.unsqueeze(1), bias, groups=mixed.shape[-1])
     values, keys, queries = silu(convolved.permute(2, 0, 1)).split([inner, shared, shared], dim=-1)
     step = softplus(dt + layer.step_bias)
     state = torch.zeros(3, HEADS, WIDTH, STATES, dtype=torch.float64)
@@ -104,8 +105,8 @@ def test_state_has_a_fixed_size_and_is_wide() -> None:
 
 def test_initial_values_are_those_of_the_paper_and_of_the_generator_alone() -> None:
     layers = [Mamba2(HIDDEN, 64, WIDTH, STATES, generator=torch.Generator().manual_seed(5)) for _ in range(2)]
-    for name in ("conv_weight", "log_rate", "step_bias"):
-        assert torch.equal(getattr(layers[0], name), getattr(layers[1], name))
+    for name in ("inputs.z", "conv_weight.x", "log_rate", "step_bias"):
+        assert torch.equal(*(layer.get_parameter(name) for layer in layers))
     assert bool(((layers[0].log_rate.exp() >= 1) & (layers[0].log_rate.exp() <= 16)).all())
     steps = softplus(layers[0].step_bias)
     assert bool(((steps > 0.999e-3) & (steps < 1.001e-1)).all())
@@ -137,7 +138,7 @@ def test_counts_are_those_of_the_specification(
 ) -> None:
     with torch.device("meta"):
         layer = Mamba2(2048, 64, 64, 128, groups=groups)
-    matrices = 2e-6 * (layer.inputs.weight.numel() + layer.out.weight.numel())
+    matrices = 2e-6 * (layer.packed().numel() + layer.out.weight.numel())
     assert matrices == pytest.approx(projections, abs=0.05)
     assert layer.flops_per_token(4096, chunk) * 1e-6 - matrices == pytest.approx(recurrence, abs=0.005)
     assert layer.bytes_per_token(chunk) * 1e-3 == pytest.approx(kilobytes, abs=0.6)
