@@ -192,7 +192,7 @@ class Mamba2(nn.Module):
 
     @staticmethod
     def rows_of() -> Mapping[str, str]:
-        """What the rows of each parameter belong to: ``heads`` or ``groups``. Of ``out`` it is the columns."""
+        """What the rows of each parameter belong to: ``heads`` or ``groups``; of ``out`` the columns."""
         rows = dict.fromkeys(("log_rate", "step_bias", "skip", "norm_weight"), "heads")
         for name, parts in _PARTS.items():
             rows |= {f"{name}.{part}": "groups" if part in "BC" else "heads" for part in parts}

@@ -10,7 +10,7 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from flashtrain.comm import ops
 from flashtrain.errors import UserError
-from flashtrain.parallel import data, tensor
+from flashtrain.parallel import data, ssm, tensor
 from flashtrain.parallel.heads import HeadParallel
 from flashtrain.parallel.mesh import DATA, TENSOR
 
@@ -25,10 +25,31 @@ def decoder_plan(rows: tensor.Rows) -> dict[str, ParallelStyle]:
         "layers.*.mlp_norm": tensor.SequenceParallel(rows),
         "layers.*.mlp.gate_up": tensor.ColumnParallel(rows),
         "layers.*.mlp.down": tensor.RowParallel(rows),
+        **_hybrid_plan(rows),
         "norm": tensor.SequenceParallel(rows),
         "head": tensor.ColumnParallel(rows),
         "loss": tensor.VocabularyParallelLoss(rows),
     }
+
+
+def _hybrid_plan(rows: tensor.Rows) -> dict[str, ParallelStyle]:
+    """Layers of one mixer, and FlowHN's, whose branches are lists of such layers."""
+    plan: dict[str, ParallelStyle] = {}
+    for layer in ("layers.*", "layers.*.attention_branch.*", "layers.*.ssm_branch.*"):
+        plan |= {
+            f"{layer}.norm": tensor.SequenceParallel(rows),
+            f"{layer}.attention.qkv": HeadParallel(rows),
+            f"{layer}.attention.out": tensor.RowParallel(rows),
+            f"{layer}.mlp.gate_up": tensor.ColumnParallel(rows),
+            f"{layer}.mlp.down": tensor.RowParallel(rows),
+            f"{layer}.ssm": ssm.HeadParallel(rows),
+            f"{layer}.ssm.out": tensor.RowParallel(rows),
+        }
+    # One product from residual stream to residual stream: whole on every rank, on its own rows, it needs
+    # no transfer but that of its gradient.
+    own_rows = dict.fromkeys(("join", "fuse", "final"), tensor.SequenceParallel(rows))
+    plan |= {f"layers.*.{name}": style for name, style in own_rows.items()}
+    return plan | {"layers.*.routing": ssm.RowRouted(rows)}
 
 
 def parallelize(

@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from flashtrain.comm import transport
-from flashtrain.parallel import tensor
+from flashtrain.parallel import ssm, tensor
 from flashtrain.parallel.mesh import DATA, TENSOR
 
 
@@ -62,29 +62,38 @@ def survey(model: nn.Module, mesh: DeviceMesh, rows: int, device: torch.device) 
 def _tensor_site(name: str, module: nn.Module, rows: int, world: int, mover: str) -> Site | None:
     """What a module exchanges over the tensor dimension; None for one that has nothing to exchange."""
     gather, scatter = "all-gather, then product", "product, then reduce-scatter"
+    if transport.settings().keep_gather:
+        column_backward = f"{scatter}; weight gradient from the gather that was kept"
+    else:
+        column_backward = f"{scatter}; all-gather, then weight gradient"
     match module:
         case tensor.ColumnParallelLinear():
-            if transport.settings().keep_gather:
-                backward = f"{scatter}; weight gradient from the gather that was kept"
-            else:
-                backward = f"{scatter}; all-gather, then weight gradient"
-            return _product(name, module, gather, backward, rows, world, mover)
+            return _product(name, _sizes(module), gather, column_backward, rows, world, mover)
         case tensor.RowParallelLinear():
             backward = f"{gather}, which serves the weight gradient too"
-            return _product(name, module, scatter, backward, rows, world, mover)
+            return _product(name, _sizes(module), scatter, backward, rows, world, mover)
         case tensor.VocabularyParallelEmbedding():
             return _exposed(name, "reduce-scatter", "all-gather", "a look-up: there is no product beside it")
         case tensor.VocabularyParallelCrossEntropy():
             return _exposed(name, "all-gather", "", "three numbers a row, and no product beside them")
+        case ssm.HeadParallelMixer():
+            return _product(name, module.sizes(), gather, column_backward, rows, world, mover)
+        case ssm.RowRouting():
+            return _exposed(name, "all-gather, twice", "reduce-scatter, twice", "it moves rows alone")
         case nn.Linear() | nn.Embedding():
-            return Site(name, "", "", "", False, "whole on every rank: the plan does not name it")
+            return Site(name, "", "", "", False, "whole on every rank, on its own rows alone")
     return None
 
 
+def _sizes(module: nn.Linear) -> tuple[int, int]:
+    return module.in_features, module.out_features
+
+
 def _product(
-    name: str, module: nn.Linear, forward: str, backward: str, rows: int, world: int, mover: str
+    name: str, sizes: tuple[int, int], forward: str, backward: str, rows: int, world: int, mover: str
 ) -> Site:
-    product = f"[{rows}, {module.in_features}] x [{module.in_features}, {module.out_features}]"
+    inputs, outputs = sizes
+    product = f"[{rows}, {inputs}] x [{inputs}, {outputs}]"
     if rows < world:
         why = f"{rows} rows over {world} ranks: some have no chunk to compute"
         return Site(name, product, forward, backward, False, why)

@@ -101,7 +101,7 @@ def test_what_is_not_overlapped_says_why() -> None:
     cut, whole, _, _, short, *_ = run_distributed(unusual, 2)[0]
     assert (cut.overlapped, cut.why[:51]) == (True, "2 chunks of 2 rows or one more, each in 3 pieces, m")
     assert cut.backward.endswith("weight gradient from the gather that was kept")
-    assert (whole.overlapped, whole.why) == (False, "whole on every rank: the plan does not name it")
+    assert (whole.overlapped, whole.why) == (False, "whole on every rank, on its own rows alone")
     assert (short.overlapped, short.why) == (False, "1 rows over 2 ranks: some have no chunk to compute")
 
 
