@@ -5,6 +5,9 @@ from dataclasses import replace
 from pathlib import Path
 
 from flashtrain.models.decoder import Decoder
+from flashtrain.nn.flowhn import FlowHN
+from flashtrain.nn.hybrid import Pattern
+from flashtrain.nn.ssm import Mamba2
 from flashtrain.parallel.mesh import Degrees
 from flashtrain.train.optimizer import AdamW
 from flashtrain.train.settings import Checkpointing, Training
@@ -70,9 +73,54 @@ def gqkva_1b() -> Trainer.Config:
     )
 
 
+def hybrid() -> Trainer.Config:
+    """The demo's text and minutes, with an SSM in every other mixer: 2.7 M parameters, tensor parallel over 2."""
+    ssm = Mamba2.Config(head_dim=32, states=16, norm_groups=2)
+    start = demo()
+    layout = Pattern.Config(pattern="M-*-", ssm=ssm)
+    return replace(start, model=replace(start.model, layers=12, layout=layout))
+
+
+def flowhn() -> Trainer.Config:
+    """The demo's text and minutes, with FlowHN's circulating windows (arXiv 2505.19472), tensor parallel over 2.
+
+    Its windows are those of sequences of 128 tokens, so that it can be sampled from.
+    """
+    start = demo()
+    ssm = Mamba2.Config(head_dim=32, states=16, norm_groups=2)
+    layout = FlowHN.Config(ssm=ssm, align=16, length=start.train.sequence)
+    return replace(start, model=replace(start.model, layers=4, layout=layout))
+
+
+def flowhn_350m() -> Trainer.Config:
+    """FlowHN at the paper's 350M: 1 G tokens in sequences of 1024, one GPU or more (``parallel.data``).
+
+    Its shape, with Mamba-2 in the place of Mamba-1. How it was trained at this size is not known: steps and
+    learning rate are those of its 135M, with a larger batch. Give ``data`` text of a tokenizer of at most
+    65,536 tokens.
+    """
+    return Trainer.Config(
+        model=Decoder.Config(
+            vocabulary=65536,
+            hidden=1024,
+            layers=6,
+            heads=32,
+            kv_heads=8,
+            mlp_width=4096,
+            layout=FlowHN.Config(),
+        ),
+        train=Training(steps=15_000, dtype="bfloat16", batch=64, accumulate=4, sequence=1024),
+        optimizer=AdamW.Config(learning_rate=3e-4, warmup=1500),
+        checkpoint=Checkpointing(every=1000),
+    )
+
+
 RECIPES: dict[str, Callable[[], Trainer.Config]] = {
     "demo": demo,
     "continue-pretraining": continue_pretraining,
     "gqkva": gqkva,
     "gqkva-1b": gqkva_1b,
+    "hybrid": hybrid,
+    "flowhn": flowhn,
+    "flowhn-350m": flowhn_350m,
 }
