@@ -74,7 +74,7 @@ def gqkva_1b() -> Trainer.Config:
 
 
 def hybrid() -> Trainer.Config:
-    """The demo's text and minutes, with an SSM in every other mixer: 2.7 M parameters, tensor parallel over 2."""
+    """The demo's text and minutes, half of its mixers Mamba-2: 2.9 M parameters, tensor parallel over 2."""
     ssm = Mamba2.Config(head_dim=32, states=16, norm_groups=2)
     start = demo()
     layout = Pattern.Config(pattern="M-*-", ssm=ssm)
@@ -82,7 +82,7 @@ def hybrid() -> Trainer.Config:
 
 
 def flowhn() -> Trainer.Config:
-    """The demo's text and minutes, with FlowHN's circulating windows (arXiv 2505.19472), tensor parallel over 2.
+    """The demo's text and minutes, with FlowHN's windows (arXiv 2505.19472), tensor parallel over 2.
 
     Its windows are those of sequences of 128 tokens, so that it can be sampled from.
     """
