@@ -3,7 +3,7 @@
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from functools import partial
-from typing import Any, Literal, NamedTuple
+from typing import Any, Literal, NamedTuple, cast
 
 import torch
 from torch import Tensor, nn
@@ -94,7 +94,7 @@ class FlowHN(nn.Module):
         whole_layers = config.ffn == "branch"
 
         def branch(kind: str, mixer: nn.Module) -> nn.ModuleList:
-            layers = [Layer(kind, mixer, of.norm(), residual=whole_layers)]
+            layers = [Layer(kind, mixer, of.norm())]
             return nn.ModuleList(layers + ([Layer("mlp", of.mlp(), of.norm())] if whole_layers else []))
 
         self.ssm_branch = branch("ssm", of.ssm(config.ssm))
@@ -196,9 +196,10 @@ class _Branches:
 
 
 def _through(branch: nn.ModuleList, x: Tensor, rotary: Tensor, past: Any) -> tuple[Tensor, Any]:
-    """The layers of a branch one after the other; the first alone remembers."""
-    mixer, *others = branch
-    x, now = mixer.extend(x, rotary, past)  # type: ignore[operator]
-    for layer in others:
-        x = layer(x, rotary)
-    return x, now
+    """What a mixer gives for its tokens, normed; with an MLP, both layers with their residuals."""
+    first, *rest = (cast(Layer, layer) for layer in branch)
+    mixed, now = first.mixed(first.norm(x), rotary, past)
+    for mlp in rest:
+        normed, x = mlp.norm(mixed, x)
+        mixed = x + mlp.mixed(normed, rotary, None)[0]
+    return mixed, now

@@ -40,14 +40,11 @@ class Sublayers(NamedTuple):
 
 
 class Layer(nn.Module):
-    """``x + mixer(norm(x))``, or without ``residual`` what the mixer gives alone.
+    """``x + mixer(norm(x))``. The mixer is a child named ``attention``, ``ssm`` or ``mlp``, its ``kind``."""
 
-    The mixer is a child named ``attention``, ``ssm`` or ``mlp``, its ``kind``.
-    """
-
-    def __init__(self, kind: str, mixer: nn.Module, norm: RMSNorm, residual: bool = True) -> None:
+    def __init__(self, kind: str, mixer: nn.Module, norm: RMSNorm) -> None:
         super().__init__()
-        self.norm, self.kind, self.residual = norm, kind, residual
+        self.norm, self.kind = norm, kind
         self.add_module(kind, mixer)
 
     def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
@@ -56,8 +53,12 @@ class Layer(nn.Module):
 
     def extend(self, x: Tensor, rotary: Tensor, past: Any) -> tuple[Tensor, Any]:
         """``x [S, B, hidden]`` after the tokens of ``past`` -> the same, and what later tokens need."""
-        mixed, now = mix(self.kind, self.get_submodule(self.kind), self.norm(x), rotary, past)
-        return (x + mixed if self.residual else mixed), now
+        mixed, now = self.mixed(self.norm(x), rotary, past)
+        return x + mixed, now
+
+    def mixed(self, normed: Tensor, rotary: Tensor, past: Any) -> tuple[Tensor, Any]:
+        """What the mixer alone gives for normed tokens, and what later tokens need."""
+        return mix(self.kind, self.get_submodule(self.kind), normed, rotary, past)
 
 
 def mix(kind: str, mixer: Any, x: Tensor, rotary: Tensor, past: Any) -> tuple[Tensor, Any]:
