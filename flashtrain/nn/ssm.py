@@ -243,6 +243,10 @@ class Mamba2(nn.Module):
         skip, step_bias = self._own("skip"), self._own("step_bias")
         return ssd(values, dt, self._rate(), keys, queries, skip, dt_bias=step_bias, initial_state=state)
 
+    def _decays(self, dt: Tensor) -> Tensor:
+        """Logarithm ``[B, S, H]`` of what each token leaves of the state before it, in fp32 or fp64."""
+        return reference.step_sizes(dt, self._own("step_bias")) * self._rate()
+
     def _rate(self) -> Tensor:
         rate = self._own("log_rate")
         return -rate.to(torch.promote_types(rate.dtype, torch.float32)).exp()

@@ -26,8 +26,8 @@ LAYOUTS: dict[str, Any] = {
     "mixers": FlowHN.Config(ssm=SSM, align=128, ffn="none"),
     "mamba1": FlowHN.Config(ssm=Mamba1.Config(), align=128, ffn="shared"),
 }
-# Roundings of bf16 weights and activations add up over three blocks, most in gradients of steps and rates.
-BOUNDS = {torch.float32: 2e-4, torch.bfloat16: 0.08}
+# Roundings of bf16 add up over three blocks; sums of a few that cancel, as in the skip, show them most.
+BOUNDS = {torch.float32: 2e-4, torch.bfloat16: 0.25}
 
 
 def gradients(model: Decoder, tokens: Tensor, targets: Tensor) -> dict[str, Tensor]:
