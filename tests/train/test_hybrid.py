@@ -15,7 +15,7 @@ from flashtrain.parallel.mesh import Degrees
 from flashtrain.train.settings import Training
 from flashtrain.train.trainer import Trainer
 from tests.distributed import run_distributed
-from tests.train.runs import write_text
+from tests.train.runs import train, write_text
 from tests.train.test_resume import _move
 
 SHARED = Mamba2.Config(head_dim=16, states=8, norm_groups=2)
@@ -42,3 +42,17 @@ def test_a_resumed_run_is_the_unbroken_one_also_on_other_meshes(layout: Any, tmp
     for degrees in (Degrees(), Degrees(data=2), both):
         moved = run_distributed(_move, degrees.world, config(text, degrees, layout), broken, 0)
         assert moved == [unbroken[0]] * degrees.world, degrees
+
+
+def test_a_run_whose_model_cannot_decode_ends_well_and_says_why(tmp_path: Path) -> None:
+    text = write_text(tmp_path / "text.txt")
+    layout = {"model__layout__class": "FlowHN.Config", "model__layout__align": 8}
+    ended = train(tmp_path / "run", text, train__steps=2, parallel__tensor=1, **layout)
+    assert ended.returncode == 0, ended.stderr
+    assert "set model.layout.length" in " ".join(ended.stdout.split())
+    wrong = train(
+        tmp_path / "wrong", text, train__steps=2, parallel__tensor=1, **layout | {"model__layout__align": 5}
+    )
+    assert wrong.returncode == 2
+    lines = [line for line in wrong.stderr.splitlines() if line.startswith("flashtrain: error:")]
+    assert lines == ["flashtrain: error: 32 tokens are no multiple of model.layout.align 5: choose another"]
