@@ -43,8 +43,8 @@ class Decoder(nn.Module):
         """``mlp_width`` is a multiple of 64; ``kv_heads`` divides ``heads``, and ``heads`` ``hidden``.
 
         ``tied_embeddings``: the output projection is the embedding's table. ``pairing``: which query head
-        meets which KV head, by name or as a list (see ``Pairing.named``), in place of ``kv_heads``. ``layout``: blocks of
-        attention and SSM mixers; None: each is attention, then an MLP.
+        meets which KV head, by name or as a list (see ``Pairing.named``), in place of ``kv_heads``.
+        ``layout``: blocks of attention and SSM mixers; None: each is attention, then an MLP.
         """
 
         vocabulary: int = 256

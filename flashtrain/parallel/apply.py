@@ -42,7 +42,7 @@ def _hybrid_plan(rows: tensor.Rows) -> dict[str, ParallelStyle]:
             f"{layer}.attention.out": tensor.RowParallel(rows),
             f"{layer}.mlp.gate_up": tensor.ColumnParallel(rows),
             f"{layer}.mlp.down": tensor.RowParallel(rows),
-            f"{layer}.ssm": ssm.HeadParallel(rows),
+            f"{layer}.ssm": ssm.SSMHeads(rows),
             f"{layer}.ssm.out": tensor.RowParallel(rows),
         }
     # One product from residual stream to residual stream: whole on every rank, on its own rows, it needs

@@ -14,7 +14,7 @@ from flashtrain.parallel.tensor import _OverTensorGroup, _shard, _Style
 
 
 class Mixer(Protocol):
-    """What ``HeadParallel`` needs to know of a mixer whose heads do not meet before the output projection.
+    """What ``SSMHeads`` needs to know of a mixer whose heads do not meet before the output projection.
 
     ``rows_of`` names for each parameter what its rows belong to, ``heads`` or ``groups`` of them. All that
     the mixer computes reads sizes off what ``_own`` gives, and it is x times ``packed`` first of all.
@@ -27,7 +27,7 @@ class Mixer(Protocol):
     def packed(self) -> Tensor: ...
 
 
-class HeadParallelMixer(_OverTensorGroup):
+class SSMHeadsMixer(_OverTensorGroup):
     """``H/W`` heads of a mixer over all rows, from a shard of the rows of x; goes before the mixer's class.
 
     Where there are fewer groups than ranks, their parameters are whole on every rank, which takes the rows
@@ -57,7 +57,7 @@ class HeadParallelMixer(_OverTensorGroup):
         return y.view(x.shape[0] * self.world, *x.shape[1:-1], y.shape[-1]) if x.dim() > 2 else y
 
 
-class HeadParallel(_Style):
+class SSMHeads(_Style):
     """Shard a Mamba-2 mixer by heads: each part of its weights by itself. Its output projection is apart.
 
     Raises UserError if heads do not divide by the degree, or groups neither divide by it nor divide it.
@@ -65,7 +65,7 @@ class HeadParallel(_Style):
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not hasattr(module, "rows_of"):
-            raise UserError(f"HeadParallel applies to Mamba2, not to {type(module).__name__}")
+            raise UserError(f"SSMHeads applies to Mamba2, not to {type(module).__name__}")
         mixer, world = cast(Mixer, module), device_mesh.size()
         whole_groups = mixer.groups % world == 0
         if mixer.heads % world or not (whole_groups or world % mixer.groups == 0):
@@ -79,8 +79,8 @@ class HeadParallel(_Style):
                 _shard(module.get_submodule(owner), own, 0, device_mesh)
         # A class of its own under both: this wing knows no mixer to derive from.
         kind = type(module)
-        module.__class__ = type(f"HeadParallel{kind.__name__}", (HeadParallelMixer, kind), {})
-        cast(HeadParallelMixer, module)._join(device_mesh, self.rows)
+        module.__class__ = type(f"Parallel{kind.__name__}", (SSMHeadsMixer, kind), {})
+        cast(SSMHeadsMixer, module)._join(device_mesh, self.rows)
         return module
 
 

@@ -118,7 +118,7 @@ def _refused(rank: int, world: int) -> list[str]:
     ranks, found = mesh.build(mesh.Degrees(tensor=world), "cpu"), []
     for module in (nn.Linear(4, 4), Mamba2(8, 3, 4, 4), Mamba2(8, 6, 4, 4, groups=3)):
         try:
-            styles.HeadParallel()._apply(module, ranks[mesh.TENSOR])
+            styles.SSMHeads()._apply(module, ranks[mesh.TENSOR])
         except UserError as error:
             found.append(str(error))
     return found
@@ -126,7 +126,7 @@ def _refused(rank: int, world: int) -> list[str]:
 
 def test_mixers_that_do_not_divide_are_refused() -> None:
     degree = "do not divide by the tensor-parallel degree 2"
-    wanted = ["HeadParallel applies to Mamba2, not to Linear"]
+    wanted = ["SSMHeads applies to Mamba2, not to Linear"]
     wanted += [f"3 heads in 1 groups of Mamba2 {degree}", f"6 heads in 3 groups of Mamba2 {degree}"]
     assert run_distributed(_refused, 2) == [wanted] * 2
 
