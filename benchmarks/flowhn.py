@@ -1,7 +1,7 @@
 """Does FlowHN's split give the speed that its FLOPs promise, and which loss at equal tokens?
 
     python benchmarks/flowhn.py [--out benchmarks/results] [--sizes 135M 350M 1B] [--repeats 3] [--rehearse]
-    python benchmarks/flowhn.py --loss [--tokens 10000000] [--strategies none circulating alternating fixed]
+    python benchmarks/flowhn.py --loss [--tokens 8000000] [--strategies none circulating alternating fixed]
 
 Speed: a training step (forward, backward, update of fp32 masters) of 64 sequences of 1024 random tokens in
 bf16 on one GPU, circulating windows against both branches on all tokens, at the sizes of arXiv 2505.19472
@@ -265,7 +265,7 @@ def main() -> None:
     parser.add_argument("--sizes", nargs="+", choices=list(SIZES), default=list(SIZES))
     parser.add_argument("--repeats", type=int, default=3)
     parser.add_argument("--loss", action="store_true", help="loss at equal tokens instead of speed")
-    parser.add_argument("--tokens", type=int, default=10_000_000, help="tokens of each model with --loss")
+    parser.add_argument("--tokens", type=int, default=8_000_000, help="tokens of each model with --loss")
     parser.add_argument("--strategies", nargs="+", choices=get_args(Strategy),
                         default=["none", "circulating", "alternating", "fixed"])  # fmt: skip
     parser.add_argument("--rehearse", action="store_true", help="toy sizes on any machine: no measurement")

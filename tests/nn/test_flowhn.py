@@ -15,7 +15,7 @@ from flashtrain.nn.flowhn import FlowHN, FlowPast
 from flashtrain.nn.hybrid import Sublayers
 from flashtrain.nn.mamba1 import Mamba1
 from flashtrain.nn.mlp import SwiGLU
-from flashtrain.nn.rotary import no_positions
+from flashtrain.nn.rotary import no_positions, rotary_table
 from flashtrain.nn.ssm import Mamba2
 from flashtrain.nn.windows import balanced_share
 
@@ -158,11 +158,11 @@ def test_positions_are_kept() -> None:
 @pytest.mark.parametrize("cuts", [(1, 2, 3, 6), (5,), (4, 9)])
 def test_decoding_equals_the_full_forward(strategy: str, cuts: tuple[int, ...]) -> None:
     layer, x = block(1, strategy=strategy, length=TOKENS), tokens()
-    past, found = None, []
-    for part in x.tensor_split(cuts):
-        y, past = layer.extend(part, nowhere(part.shape[0]), past)
+    rotary, past, found = rotary_table(TOKENS, HIDDEN // 4, 100.0), None, []
+    for part, places in zip(x.tensor_split(cuts), rotary.tensor_split(cuts, dim=1), strict=True):
+        y, past = layer.extend(part, places, past)
         found.append(y)
-    torch.testing.assert_close(torch.cat(found), layer(x, nowhere()))
+    torch.testing.assert_close(torch.cat(found), layer(x, rotary))
 
 
 def test_with_a_length_a_prefix_has_the_outputs_of_the_whole() -> None:
