@@ -13,6 +13,7 @@ from flashtrain.checkpoint import CheckpointStore
 from flashtrain.metrics import peak_flops
 from flashtrain.models.decoder import Decoder
 from flashtrain.parallel.apply import parallelize
+from flashtrain.parallel.recompute import recompute
 from flashtrain.train import carried, snapshot
 from flashtrain.train.faults import Fault, FaultPlan
 from flashtrain.train.optimizer import AdamW
@@ -42,6 +43,7 @@ def build_model(config: Decoder.Config, train: Training, mesh: DeviceMesh, devic
     built = describe(model, train, device)
     model.to(device=device, dtype=getattr(torch, train.dtype))
     parallelize(model, mesh)
+    recompute(model.layers, train.recompute)
     return built
 
 
