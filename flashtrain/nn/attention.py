@@ -94,7 +94,7 @@ class Attention(nn.Module):
         if pairing is None:
             return attend(heads, documents)
         if documents is not None:
-            raise UserError("train.document_mask is true, but pairs of heads (model.pairing) know no documents")
+            raise UserError("train.document_mask is true, but the pairs of model.pairing know no documents")
         return attend_pairs(heads, pairing)
 
     def _close(self, mixed: Tensor) -> Tensor:

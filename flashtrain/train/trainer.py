@@ -29,6 +29,7 @@ from flashtrain.nn import attend
 from flashtrain.nn.attend import Documents
 from flashtrain.parallel import mesh as meshes
 from flashtrain.parallel import sites
+from flashtrain.parallel.data import Sharding
 from flashtrain.parallel.mesh import DATA, Degrees
 from flashtrain.train import attention, faults, ranks, snapshot
 from flashtrain.train import places as where
@@ -54,7 +55,7 @@ class Trainer:
     class Config:
         """All that decides what a run computes.
 
-        ``parallel``, ``comm``, ``attention`` and ``watch`` only decide how.
+        ``parallel``, ``comm``, ``attention``, ``fsdp`` and ``watch`` only decide how.
 
         ``nodes``: how many hosts the ranks must have come from; None: as many as there are.
         """
@@ -66,6 +67,7 @@ class Trainer:
         parallel: Degrees = field(default_factory=Degrees)
         comm: transport.Settings = field(default_factory=transport.Settings)
         attention: attend.Settings = field(default_factory=attend.Settings)
+        fsdp: Sharding = field(default_factory=Sharding)
         checkpoint: Checkpointing = field(default_factory=Checkpointing)
         watch: Watching = field(default_factory=Watching)
         skip: SkipRule.Config = field(default_factory=SkipRule.Config)
@@ -73,18 +75,24 @@ class Trainer:
         faults: tuple[Fault, ...] = ()
         nodes: int | None = None
 
-        def validate(self) -> None:
-            """Raise UserError for settings that cannot work, before any rank starts."""
+        def validate(self, data: bool = True) -> None:
+            """Raise UserError for settings that cannot work, before any rank starts.
+
+            Without ``data`` nothing is read: for what trains on tokens of its own.
+            """
             self.parallel.validate()
             self.model.validate(self.parallel.tensor)
             self.train.validate(self.parallel.data)
             self.optimizer.validate()
             self.comm.validate()
+            self.fsdp.validate()
             self.checkpoint.validate()
             self.watch.validate(self.train.steps)
             self.skip.validate()
             self.stragglers.validate()
             faults.validate(self.faults, self.parallel.world)
+            if not data:
+                return
             source = open_source(self.data)
             if self.model.vocabulary < source.tokenizer.vocab_size:
                 raise UserError(
@@ -149,7 +157,7 @@ class Trainer:
         self.held_out = self._evaluation_batches(held_out)
 
         attention.prepare(config.attention, config.model, train, config.parallel, device)
-        built = build_model(config.model, train, self.mesh, device)
+        built = build_model(config.model, train, config.fsdp, self.mesh, device)
         self.model, self.parameter_count = built.model, built.parameter_count
         self.flops_per_token, self.peak = built.flops_per_token, built.peak
         start_from(train.init_from, self.model, self.out)
