@@ -124,12 +124,13 @@ def why_not(name: str, heads: Heads, documents: bool, deterministic: bool) -> st
         return None
     if heads.query.device.type == "cpu":
         return "the CPU has auto and math alone"
-    if name == "efficient":
-        return "it knows no documents: use flash or math" if documents else None
-    if dtype not in (torch.bfloat16, torch.float16):
-        return f"it takes no {str(dtype).removeprefix('torch.')}: use efficient or math"
+    half = dtype in (torch.bfloat16, torch.float16)
+    if not half and (name != "efficient" or dtype != torch.float32):
+        return f"it takes no {str(dtype).removeprefix('torch.')}: use math"
     if width % 8 or width > kernels.WIDEST[name]:
         return f"it takes heads of up to {kernels.WIDEST[name]} in steps of 8, not of {width}: use math"
+    if name == "efficient":
+        return "it knows no documents: use flash or math" if documents else None
     if name == "cudnn" and deterministic:
         return "its backward pass is not deterministic: use flash, or set attention.deterministic false"
     if name == "cudnn" and documents:

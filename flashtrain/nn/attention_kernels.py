@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 # Widest head. cuDNN's backward pass has no kernel for wider ones on all GPUs that have its forward pass.
-WIDEST = {"cudnn": 128, "flash": 256, "fa": 128}
+WIDEST = {"cudnn": 128, "flash": 256, "fa": 128, "efficient": 1024}
 _aten = torch.ops.aten
 
 

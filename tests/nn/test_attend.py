@@ -114,10 +114,11 @@ def test_what_each_backend_takes(
     assert reason is None if says is None else says in str(reason)
 
 
-def test_odd_heads_go_to_others_and_fp32_never_to_half_kernels() -> None:
+def test_odd_heads_and_fp64_go_to_math_and_fp32_never_to_half_kernels() -> None:
     odd = Heads(*(torch.empty(1, 2, 4, 12, device="meta", dtype=torch.bfloat16) for _ in range(3)))
-    assert attention.candidates(odd, False, True) == ["efficient"]
-    assert attention.candidates(odd, True, True) == ["math"]
+    assert attention.candidates(odd, False, True) == ["math"]
+    double = heads(1, 8, dtype=torch.float64, device="meta")
+    assert attention.candidates(double, False, True) == ["math"]
     single = heads(1, 8, dtype=torch.float32, device="meta")
     assert attention.candidates(single, False, False) == ["efficient"]
 

@@ -12,6 +12,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flashtrain.comm import transport
 from flashtrain.data import Corpus
 from flashtrain.models.decoder import Decoder
+from flashtrain.parallel.data import Sharding
 from flashtrain.parallel.mesh import Degrees
 from flashtrain.parallel.recompute import Policy, recompute
 from flashtrain.train.settings import Training
@@ -77,25 +78,28 @@ def test_evaluation_is_left_alone() -> None:
 
 
 def _ranks(rank: int, world: int, text: Path) -> dict[str, Any]:
+    """Losses, gradient norms, and bytes that the last step sent: by policy, and by how blocks are sharded."""
+    variants = {policy: (policy, Sharding()) for policy in POLICIES}
+    if world > 2:
+        variants |= {"kept": ("none", Sharding(reshard=False)), "ahead": ("full", Sharding(prefetch=2))}
     results: dict[str, Any] = {}
-    for policy in POLICIES:
+    for name, (policy, sharding) in variants.items():
         config = Trainer.Config(
-            model=Decoder.Config(hidden=64, layers=2, heads=4, kv_heads=2, mlp_width=128),
+            model=Decoder.Config(hidden=64, layers=4, heads=4, kv_heads=2, mlp_width=128),
             data=Corpus.Config(source=str(text)),
             train=Training(
-                steps=3, batch=4, evaluation_windows=4, sequence=30, recompute=policy, document_mask=True
+                steps=3, batch=4, sequence=30, evaluation_windows=4, recompute=policy, document_mask=True
             ),
             parallel=Degrees(tensor=2, data=world // 2),
             comm=transport.Settings(timeout=60),
+            fsdp=sharding,
         )
         transport.configure(config.comm)
         trainer = Trainer(config, Path("unused"))
         trainer._build(torch.device("cpu"))
-        results[policy] = [
-            (r.loss, r.grad_norm)
-            for step in (1, 2)
-            for r in [trainer.step(step, 1e-3, trainer._batches(step))]
-        ]
+        steps = [trainer.step(step, 1e-3, trainer._batches(step)) for step in (1, 2)]
+        sent = sum(mover.traffic.bytes_sent for mover in transport.in_use())
+        results[name] = [(step.loss, step.grad_norm) for step in steps], sent
     return results
 
 
@@ -106,5 +110,12 @@ def test_bits_stay_under_tensor_and_data_parallelism(world: int, tmp_path: Path)
     for name in "abcdefghijkl":
         (text / f"{name}.txt").write_text(f"document {name} " * 12)
     for results in run_distributed(_ranks, world, text):
-        for policy in POLICIES[1:]:
-            assert results[policy] == results["none"], policy
+        losses, sent = results.pop("none")
+        for name, (other, _) in results.items():
+            assert other == losses, name
+        # A product that is kept is not sent again; one that runs again is.
+        assert results["pointwise"][1] == results["attention"][1] == sent
+        assert results["full"][1] > sent
+        if world > 2:
+            assert results["kept"][1] < sent
+            assert results["ahead"][1] == results["full"][1]
