@@ -8,7 +8,7 @@ from datetime import UTC, datetime
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from flashtrain.errors import UserError
+from flashtrain.errors import UserError, first_line
 from flashtrain.launch import mfu
 
 if TYPE_CHECKING:
@@ -103,6 +103,7 @@ class _Bench:
         self.args, self.config = args, config
 
     def run(self) -> None:
+        import torch
         import torch.distributed as dist
 
         from flashtrain.comm import transport
@@ -119,7 +120,13 @@ class _Bench:
             line = ranks.describe(self.mesh, self.device)
             if dist.get_rank() == 0:
                 print(line, flush=True)
-            report = self._report()
+            try:
+                report = self._report()
+            except torch.OutOfMemoryError as error:
+                raise UserError(
+                    "a GPU is out of memory: set train.recompute full, a smaller train.batch or more "
+                    f"parallel.tensor ({first_line(error)})"
+                ) from error
             if dist.get_rank() == 0:
                 self._write(report)
 
@@ -139,7 +146,8 @@ class _Bench:
             "systems": {name: self._rated(mfu.merged(found)) for name, found in turns.items()},
         }
         if self.args.policies:
-            policies = ("none", "pointwise", "attention", "full")
+            # The one that takes the most memory comes last: after it nothing has to be free again.
+            policies = ("full", "attention", "pointwise", "none")
             report["recompute"] = {policy: self._policy(policy) for policy in policies}
         return report
 
@@ -187,12 +195,17 @@ class _Bench:
         return figures
 
     def _policy(self, policy: Any) -> dict[str, Any]:
-        """Median step time and peak memory under a recompute policy."""
+        """Median step time and peak memory under a recompute policy; None where memory does not suffice."""
+        import torch
+
         from flashtrain.train.workbench import Workbench, profiled
 
         config = replace(self.config, train=replace(self.config.train, recompute=policy))
         bench = Workbench(config, self.mesh, self.device)
-        timed = bench.run(max(3, self.args.steps // 4), 2)
+        try:
+            timed = bench.run(max(3, self.args.steps // 4), 2)
+        except torch.OutOfMemoryError:
+            return {"step_s": None, "peak_bytes": None}
         figures = self._gathered(mfu.of_rank(timed, profiled(bench.one, 1, self.device)))
         bench.close()
         # A process on the CPU cannot forget the peak of the policy before.

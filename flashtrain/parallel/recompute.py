@@ -10,28 +10,43 @@ from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selectiv
 
 Policy = Literal["none", "pointwise", "attention", "full"]
 
-# Products of torch; those of this engine are ops of the namespace flashtrain, which also exchange data.
-_PRODUCTS = ("mm", "addmm", "bmm", "baddbmm", "_scaled_mm", "_grouped_mm")
-_ATTENTION = (
-    "_scaled_dot_product_cudnn_attention",
-    "_scaled_dot_product_efficient_attention",
-    "_scaled_dot_product_flash_attention",
-    "_scaled_dot_product_flash_attention_for_cpu",
-    "_scaled_dot_product_fused_attention_overrideable",
-    "_flash_attention_forward",
+# Products, and what exchanges data between ranks with products or without.
+_PRODUCTS = (
+    "aten::mm",
+    "aten::addmm",
+    "aten::bmm",
+    "aten::baddbmm",
+    "aten::_scaled_mm",
+    "aten::_grouped_mm",
+    "flashtrain::all_gather",
+    "flashtrain::all_gather_matmul",
+    "flashtrain::matmul_reduce_scatter",
+    "flashtrain::reduce_scatter",
+)
+# What mixes tokens: attention, and the recurrence of Mamba-2.
+_MIXERS = (
+    "aten::_flash_attention_forward",
+    "aten::_scaled_dot_product_cudnn_attention",
+    "aten::_scaled_dot_product_efficient_attention",
+    "aten::_scaled_dot_product_flash_attention",
+    "aten::_scaled_dot_product_flash_attention_for_cpu",
+    "aten::_scaled_dot_product_fused_attention_overrideable",
+    "flashtrain::pairing_attention",
+    "flashtrain::ssd",
 )
 
 
 def recompute(units: Iterable[nn.Module], policy: Policy) -> None:
     """Let each of ``units`` (blocks of a model) keep what ``policy`` says, in place; bits stay the same.
 
-    none: all. pointwise: what products and attention give; norms, activations, rotations and residual sums
-    are computed again. attention: what products give, attention and the score products of the backend math
-    too. full: the input of the block, so that its products and their transfers run again as well.
+    none: all. pointwise: what products, exchanges and attention give; norms, activations, rotations and
+    residual sums are computed again. attention: what products and exchanges give; attention runs again as
+    well (but the score products of the backend math are kept). full: the input of the block alone, so that
+    products and their transfers run again too.
 
-    ``flashtrain`` ops, which exchange data, run again under full alone. An attention that torch's dispatcher
-    does not see (the package flash-attn) runs again under every policy but none. Units must draw no random
-    numbers. It works before and after data parallelism, whose hooks then stay outside.
+    What is no operator of torch's dispatcher is computed again under every policy but none: the package
+    flash-attn is such. Units must draw no random numbers. It works before and after data parallelism, whose
+    hooks then stay outside.
     """
     if policy == "none":
         return
@@ -50,12 +65,10 @@ def _checkpointed(forward: Callable[..., Any], policy: Policy, *inputs: Any) -> 
 
 
 def _kept(policy: Policy) -> frozenset[str]:
-    """Names of the aten ops whose results are kept."""
-    return frozenset(_PRODUCTS if policy == "attention" else _PRODUCTS + _ATTENTION)
+    """Names of the ops whose results are kept."""
+    return frozenset(_PRODUCTS if policy == "attention" else _PRODUCTS + _MIXERS)
 
 
 def _decide(kept: frozenset[str], context: Any, op: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
-    namespace, _, name = op.name().partition("::")
-    if namespace == "flashtrain" or (namespace == "aten" and name.partition(".")[0] in kept):
-        return CheckpointPolicy.MUST_SAVE
-    return CheckpointPolicy.PREFER_RECOMPUTE
+    keep = op.name().partition(".")[0] in kept
+    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE

@@ -71,7 +71,9 @@ class _Shape(NamedTuple):
     @classmethod
     def of(cls, model: Decoder.Config, train: Training, degrees: Degrees) -> "_Shape":
         batch = train.batch // (degrees.data * train.accumulate)
-        own = model.heads // degrees.tensor, model.kv_heads // degrees.tensor
+        pairing = model.pairs()
+        kv_heads = model.kv_heads if pairing is None else pairing.n_kv if pairing.is_grouped else model.heads
+        own = model.heads // degrees.tensor, max(1, kv_heads // degrees.tensor)
         return cls(batch, *own, train.sequence, model.head_dim)
 
     def __str__(self) -> str:
