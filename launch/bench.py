@@ -138,7 +138,7 @@ class _Bench:
             turns.setdefault("flashtrain", []).append(self._ours())
             if self.args.against:
                 turns.setdefault(self.args.against, []).append(self._theirs())
-        report = {
+        report: dict[str, Any] = {
             "recipe": self.args.recipe,
             "settings": self.args.settings,
             "date": datetime.now(UTC).isoformat(timespec="seconds"),
@@ -148,17 +148,29 @@ class _Bench:
         if self.args.policies:
             # The one that takes the most memory comes last: after it nothing has to be free again.
             policies = ("full", "attention", "pointwise", "none")
-            report["recompute"] = {policy: self._policy(policy) for policy in policies}
+            report["recompute"] = {}
+            for policy in policies:
+                self._keep(report)  # a policy that ends the ranks leaves what was measured before
+                report["recompute"][policy] = self._policy(policy)
         return report
 
+    def _keep(self, report: dict[str, Any]) -> Path:
+        """Write what there is, on rank 0; where it is."""
+        import torch.distributed as dist
+
+        path = _out(self.args) / "mfu.json"
+        if dist.get_rank() == 0:
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(json.dumps(report, indent=1) + "\n")
+        return path
+
     def _write(self, report: dict[str, Any]) -> None:
-        out = _out(self.args)
-        out.mkdir(parents=True, exist_ok=True)
-        (out / "mfu.json").write_text(json.dumps(report, indent=1) + "\n")
+        path = self._keep(report)
+        out = path.parent
         mfu.draw(out / "step.png", report)
         for line in mfu.lines(report):
             print(line)
-        print(f"wrote {out / 'mfu.json'} and {out / 'step.png'}")
+        print(f"wrote {path} and {out / 'step.png'}")
 
     def _ours(self) -> mfu.Figures:
         from flashtrain.train.workbench import Workbench, profiled
