@@ -32,7 +32,7 @@ SHAPES = (
     (2, 16, 2, 8192, 128),
     (2, 16, 4, 8192, 64),
 )
-BACKENDS = ("cudnn", "fa", "flash", "efficient")
+BACKENDS = ("cudnn", "fa", "flash", "triton", "efficient")
 SLEEP_CYCLES = 4_000_000
 REPEATS = 4
 

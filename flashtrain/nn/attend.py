@@ -11,7 +11,7 @@ from torch.nn.functional import scaled_dot_product_attention
 from flashtrain.errors import UserError
 from flashtrain.nn import attention_kernels as kernels
 
-Backend = Literal["auto", "cudnn", "flash", "fa", "efficient", "math"]
+Backend = Literal["auto", "cudnn", "flash", "fa", "triton", "efficient", "math"]
 
 
 class Heads(NamedTuple):
@@ -50,7 +50,8 @@ class Settings:
     """How attention runs in this process; the same on every rank, since backends differ in their bits.
 
     ``backend``: cudnn; flash, torch's FlashAttention 2; fa, the package flash-attn (4, 3 or 2, whichever is
-    installed); efficient, torch's memory-efficient one; math, which holds all scores in memory. On the CPU
+    installed); triton, the kernels of ``model.pairing`` for grouped queries, deterministic always; efficient,
+    torch's memory-efficient one; math, which holds all scores in memory. On the CPU
     there are auto and math. auto: a run on GPUs measures those that take its heads and keeps the fastest;
     elsewhere the first of them in that order. ``deterministic``: a backward pass with fixed orders of
     summation, which torch does not offer for cudnn.
@@ -104,6 +105,8 @@ def run(name: str, heads: Heads, documents: Documents | None, deterministic: boo
             return kernels.flash(*heads, bounds, longest, deterministic)
         case "fa":
             return kernels.flash_package(*heads, bounds, longest, deterministic)
+        case "triton":
+            return kernels.triton(*heads)
         case "efficient":
             return kernels.efficient(heads.query, *_expanded(heads), deterministic)
     with sdpa_kernel(SDPBackend.MATH):
@@ -112,7 +115,7 @@ def run(name: str, heads: Heads, documents: Documents | None, deterministic: boo
 
 def candidates(heads: Heads, documents: bool, deterministic: bool) -> list[str]:
     """Backends that take ``heads`` on a GPU, in the order of preference; math only where no other does."""
-    names = ("cudnn", "fa", "flash", "efficient")
+    names = ("cudnn", "fa", "flash", "triton", "efficient")
     found = [name for name in names if why_not(name, heads, documents, deterministic) is None]
     return found or ["math"]
 
@@ -129,7 +132,9 @@ def why_not(name: str, heads: Heads, documents: bool, deterministic: bool) -> st
         return f"it takes no {str(dtype).removeprefix('torch.')}: use math"
     if width % 8 or width > kernels.WIDEST[name]:
         return f"it takes heads of up to {kernels.WIDEST[name]} in steps of 8, not of {width}: use math"
-    if name == "efficient":
+    if name == "triton" and not documents:
+        return kernels.refusal(dtype, width)
+    if name in ("efficient", "triton"):
         return "it knows no documents: use flash or math" if documents else None
     if name == "cudnn" and deterministic:
         return "its backward pass is not deterministic: use flash, or set attention.deterministic false"

@@ -1,4 +1,4 @@
-"""Attention kernels of others on a GPU: torch's cuDNN, FlashAttention and memory-efficient ones, flash-attn.
+"""Attention kernels on a GPU: torch's cuDNN, FlashAttention and memory-efficient ones, flash-attn, our own.
 
 All take ``query [B, H, S, D]``, ``key`` and ``value [B, kv heads, S, D]`` and give causal attention
 ``[B, H, S, D]``. Forward, all are deterministic. Backward:
@@ -6,6 +6,7 @@ All take ``query [B, H, S, D]``, ``key`` and ``value [B, kv heads, S, D]`` and g
     cudnn      sums dQ in any order; torch passes cuDNN no other wish (pytorch#182551)
     flash      sums dQ in any order, or in a fixed one where torch.are_deterministic_algorithms_enabled()
     fa         the same by its argument ``deterministic``
+    triton     no block adds to another's sum: always in a fixed order
     efficient  splits keys among blocks that add in any order, or does not, by torch's flag
 
 torch reads its flag when the backward pass runs, so the flag is set there, around that one kernel.
@@ -20,8 +21,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashtrain.kernels.pairing_attention.config import refusal
+from flashtrain.kernels.pairing_attention.op import pairing_attention
+
+__all__ = ["WIDEST", "cudnn", "efficient", "flash", "flash_package", "package", "refusal", "triton"]
+
 # Widest head. cuDNN's backward pass has no kernel for wider ones on all GPUs that have its forward pass.
-WIDEST = {"cudnn": 128, "flash": 256, "fa": 128, "efficient": 1024}
+WIDEST = {"cudnn": 128, "flash": 256, "fa": 128, "triton": 1024, "efficient": 1024}
 _aten = torch.ops.aten
 
 
@@ -90,6 +96,13 @@ class _Flash(torch.autograd.Function):
                 unused,
             )
         return dquery, dkey, dvalue, None, None, None
+
+
+def triton(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+    """The kernels of attention over pairs of heads, for the pairs that grouped queries are."""
+    heads = range(query.shape[1])
+    group = len(heads) // key.shape[1]
+    return pairing_attention(query, key, value, heads, [head // group for head in heads])[0]
 
 
 def efficient(query: Tensor, key: Tensor, value: Tensor, deterministic: bool) -> Tensor:

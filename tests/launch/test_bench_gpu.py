@@ -27,4 +27,4 @@ def test_one_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch, masked: str) -
     assert one["allocations"] == one["retries"] == 0
     for kind in ("matrix products", "attention", "norms and pointwise", "optimizer"):
         assert one["kinds_s"][kind] > 0, kind
-    assert one["attention"].split(",")[0] in ("flash", "fa", "efficient")
+    assert one["attention"].split(",")[0] in ("flash", "fa", "triton", "efficient")

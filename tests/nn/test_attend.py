@@ -88,7 +88,7 @@ def test_a_packed_model_is_each_document_alone_gradients_too() -> None:
     assert not torch.allclose(across[6:18, 0], logits[6:18, 0])
 
 
-@pytest.mark.parametrize("backend", ["cudnn", "flash", "fa", "efficient"])
+@pytest.mark.parametrize("backend", ["cudnn", "flash", "fa", "triton", "efficient"])
 def test_the_cpu_refuses_what_it_has_not(backend: str) -> None:
     attention.configure(Settings(backend=backend))  # type: ignore[arg-type]
     with pytest.raises(UserError, match=f"attention.backend is {backend}, but the CPU has auto and math"):
@@ -104,6 +104,9 @@ def test_the_cpu_refuses_what_it_has_not(backend: str) -> None:
         ("cudnn", torch.float32, False, False, "it takes no float32"),
         ("flash", torch.bfloat16, True, True, None),
         ("flash", torch.float32, False, False, "it takes no float32"),
+        ("triton", torch.bfloat16, False, True, None),
+        ("triton", torch.bfloat16, True, True, "it knows no documents"),
+        ("triton", torch.float64, False, True, "it takes no float64"),
         ("efficient", torch.float32, False, True, None),
         ("efficient", torch.float32, True, True, "it knows no documents"),
         ("math", torch.float32, True, True, None),
@@ -128,9 +131,18 @@ def test_odd_heads_and_fp64_go_to_math_and_fp32_never_to_half_kernels() -> None:
 def test_the_order_of_preference(monkeypatch: pytest.MonkeyPatch) -> None:
     half = heads(1, 8, dtype=torch.bfloat16, device="meta")
     monkeypatch.setattr(attention.kernels, "package", lambda: None)
-    assert attention.candidates(half, False, False) == ["cudnn", "flash", "efficient"]
-    assert attention.candidates(half, False, True) == ["flash", "efficient"]
+    assert attention.candidates(half, False, False) == ["cudnn", "flash", "triton", "efficient"]
+    assert attention.candidates(half, False, True) == ["flash", "triton", "efficient"]
     assert attention.candidates(half, True, True) == ["flash"]
+
+
+def test_the_kernels_of_pairs_are_grouped_queries() -> None:
+    given = heads(2, 24, group=3)
+    upstream = torch.randn_like(given.query)
+    found, wanted = attention.run("triton", given, None, True), attend(given)
+    torch.testing.assert_close(found, wanted)
+    for mine, other in zip(*(torch.autograd.grad(o, given, upstream) for o in (found, wanted)), strict=True):
+        torch.testing.assert_close(mine, other)
 
 
 @pytest.mark.parametrize("packed", [False, True])

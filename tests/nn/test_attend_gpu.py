@@ -57,6 +57,7 @@ def cases() -> list[tuple[str, bool, bool, torch.dtype]]:
         ("fa", False, False, half),
         ("fa", False, True, half),
         ("fa", True, True, half),
+        ("triton", False, True, half),
         ("efficient", False, True, half),
         ("efficient", False, True, single),
         ("math", False, True, single),
@@ -82,7 +83,8 @@ def test_values_and_gradients_against_fp64(
 
 
 @pytest.mark.parametrize(
-    ("name", "with_documents"), [("flash", False), ("flash", True), ("fa", False), ("efficient", False)]
+    ("name", "with_documents"),
+    [("flash", False), ("flash", True), ("fa", False), ("triton", False), ("efficient", False)],
 )
 def test_a_deterministic_backward_repeats_its_bits(name: str, with_documents: bool) -> None:
     shape = (2, 8, 2, 4096, 128)
@@ -97,7 +99,7 @@ def test_a_deterministic_backward_repeats_its_bits(name: str, with_documents: bo
             assert torch.equal(mine, before)
 
 
-@pytest.mark.parametrize("name", ["cudnn", "flash"])
+@pytest.mark.parametrize("name", ["cudnn", "flash", "triton"])
 def test_kv_heads_are_not_copied_for_each_query_head(name: str) -> None:
     shape = (1, 32, 1, 4096, 128)
     heads, _ = make(shape)
