@@ -226,7 +226,7 @@ def grid_row(config: Config, width: int) -> dict[str, float]:
         except (triton.runtime.errors.OutOfResources, RuntimeError) as failure:
             print(f"{part} {getattr(config, part)}: {str(failure)[:80]}", flush=True)
             continue
-        wanted = {"forward": "forward_kernel", "keys": "keys_gradient", "queries": "queries_gradient"}[part]
+        wanted = {"forward": "attention_kernel", "keys": "keys_gradient", "queries": "queries_gradient"}[part]
         found[f"{part} {getattr(config, part)}"] = sum(
             ms for key, ms in took.items() if key.startswith(wanted)
         )

@@ -8,10 +8,13 @@ from flashtrain.models.decoder import Decoder
 from flashtrain.nn.flowhn import FlowHN
 from flashtrain.nn.hybrid import Pattern
 from flashtrain.nn.ssm import Mamba2
+from flashtrain.nn.rotary import Llama3Scaling
 from flashtrain.parallel.mesh import Degrees
 from flashtrain.train.optimizer import AdamW
 from flashtrain.train.settings import Checkpointing, Training
 from flashtrain.train.trainer import Trainer
+
+LLAMA_VOCABULARY = 128_256
 
 
 def demo() -> Trainer.Config:
@@ -115,6 +118,67 @@ def flowhn_350m() -> Trainer.Config:
     )
 
 
+def llama_1b() -> Trainer.Config:
+    """Llama 3.2 1B from scratch, in sequences of 8192; tensor parallel over 2. Set data.sets to train it."""
+    return _llama(
+        Decoder.Config(
+            vocabulary=LLAMA_VOCABULARY,
+            hidden=2048,
+            layers=16,
+            heads=32,
+            kv_heads=8,
+            mlp_width=8192,
+            rope_theta=500_000.0,
+            rope_scaling=Llama3Scaling(factor=32.0),
+            tied_embeddings=True,
+        ),
+        Degrees(tensor=2),
+        batch=4,
+    )
+
+
+def llama_8b() -> Trainer.Config:
+    """Llama 3 8B from scratch, in sequences of 8192; tensor parallel over 4. Set data.sets to train it."""
+    return _llama(_llama_3(hidden=4096, layers=32, heads=32, mlp_width=14336), Degrees(tensor=4), batch=2)
+
+
+def llama_70b() -> Trainer.Config:
+    """Llama 3 70B from scratch, in sequences of 8192; 8 x 8 ranks. Set data.sets to train it."""
+    model = _llama_3(hidden=8192, layers=80, heads=64, mlp_width=28672)
+    return _llama(model, Degrees(tensor=8, data=8), batch=8, learning_rate=1.5e-4)
+
+
+def llama_70b_4layers() -> Trainer.Config:
+    """Four layers of Llama 3 70B at full width, to measure it on few GPUs; tensor parallel over 4."""
+    model = _llama_3(hidden=8192, layers=4, heads=64, mlp_width=28672)
+    return _llama(model, Degrees(tensor=4), batch=2, learning_rate=1.5e-4)
+
+
+def _llama_3(hidden: int, layers: int, heads: int, mlp_width: int) -> Decoder.Config:
+    """A decoder as in table 3 of arXiv 2407.21783."""
+    return Decoder.Config(
+        vocabulary=LLAMA_VOCABULARY,
+        hidden=hidden,
+        layers=layers,
+        heads=heads,
+        kv_heads=8,
+        mlp_width=mlp_width,
+        rope_theta=500_000.0,
+    )
+
+
+def _llama(
+    model: Decoder.Config, parallel: Degrees, batch: int, learning_rate: float = 3e-4
+) -> Trainer.Config:
+    return Trainer.Config(
+        model=model,
+        train=Training(steps=10_000, dtype="bfloat16", batch=batch, sequence=8192, evaluation_windows=16),
+        optimizer=AdamW.Config(learning_rate=learning_rate, warmup=2000),
+        parallel=parallel,
+        checkpoint=Checkpointing(every=1000),
+    )
+
+
 RECIPES: dict[str, Callable[[], Trainer.Config]] = {
     "demo": demo,
     "continue-pretraining": continue_pretraining,
@@ -123,4 +187,8 @@ RECIPES: dict[str, Callable[[], Trainer.Config]] = {
     "hybrid": hybrid,
     "flowhn": flowhn,
     "flowhn-350m": flowhn_350m,
+    "llama-1b": llama_1b,
+    "llama-8b": llama_8b,
+    "llama-70b": llama_70b,
+    "llama-70b-4layers": llama_70b_4layers,
 }

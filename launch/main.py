@@ -22,6 +22,7 @@ COMMANDS = {
     "convert": "convert models from and to Hugging Face",
     "sample": "continue a prompt with the model of a checkpoint",
     "report": "write a run's curves, events and settings as one HTML page",
+    "bench": "time whole training steps: MFU, memory, where the time goes",
     "schedule": "print and draw a communication schedule",
     "nodes": "print what starts a run on several hosts, by torchrun or Slurm",
     "doctor": "report what this machine has and which paths training would take",

@@ -28,8 +28,10 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "recipe",
         metavar="RECIPE",
-        help="where settings start: demo or continue-pretraining or gqkva or gqkva-1b or hybrid or flowhn or "
-        "flowhn-350m",
+        help=(
+            "where settings start: demo or continue-pretraining or gqkva or gqkva-1b or hybrid or flowhn or "
+            "flowhn-350m or llama-1b or llama-8b or llama-70b or llama-70b-4layers"
+        ),
     )
     parser.add_argument("--config", type=Path, metavar="FILE.toml", help="settings to change, as TOML")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/RECIPE)")
@@ -44,25 +46,32 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Resolve and check the settings, then train: here, on the ranks of torchrun, or on new local ranks."""
     config = resolve(args)
-    world = config.parallel.world
-    if "RANK" in os.environ and "WORLD_SIZE" in os.environ:
-        started = int(os.environ["WORLD_SIZE"])
-        if started != world:
-            raise UserError(
-                f"{degrees(config.parallel)} asks for {world} ranks, but torchrun started {started}"
-            )
-    elif world > 1:
+    if not on_these_ranks(config.parallel):
         from flashtrain.launch import ranks
 
-        return ranks.launch(world, _words(args))
+        return ranks.launch(config.parallel.world, _words(args))
     from flashtrain.train.trainer import Trainer
 
     Trainer(config, _out(args)).run()
     return 0
 
 
-def resolve(args: argparse.Namespace) -> "Trainer.Config":
-    """The settings of the run, checked. Raises UserError."""
+def on_these_ranks(parallel: Any) -> bool:
+    """Whether this process is one of the ranks that ``parallel`` asks for; else they are to be started.
+
+    Raises UserError if torchrun has started another number of them.
+    """
+    world = parallel.world
+    if "RANK" not in os.environ or "WORLD_SIZE" not in os.environ:
+        return bool(world == 1)
+    started = int(os.environ["WORLD_SIZE"])
+    if started != world:
+        raise UserError(f"{degrees(parallel)} asks for {world} ranks, but torchrun started {started}")
+    return True
+
+
+def resolve(args: argparse.Namespace, data: bool = True) -> "Trainer.Config":
+    """The settings of the run, checked; those of its ``data`` only if they are used. Raises UserError."""
     from flashtrain import config, recipes
 
     if args.recipe not in recipes.RECIPES:
@@ -76,7 +85,7 @@ def resolve(args: argparse.Namespace) -> "Trainer.Config":
         # The model's settings then come from the weights, and those given here change them.
         recipe = replace(recipe, model=_model(resolved.train.init_from, _out(args)))
         resolved = config.resolve(recipe, args.config, args.settings)
-    resolved.validate()
+    resolved.validate() if data else resolved.validate(data=False)
     return resolved
 
 

@@ -161,7 +161,7 @@ def _check(words: Sequence[str]) -> None:
 
 def _check_flashtrain(words: Sequence[str]) -> None:
     given = main.parse(words)
-    if given.command == "train":
+    if given.command in ("train", "bench"):
         assert given.recipe in recipes.RECIPES, f"there is no recipe {given.recipe}"
         resolved = config.resolve(recipes.RECIPES[given.recipe](), None, given.settings)
         resolved.parallel.validate()

@@ -21,6 +21,7 @@ SMALLER = ["--train.steps=12", "--train.batch=4", "--train.sequence=64", "--trai
 SMALLER_MODEL = ["--model.layers=2", "--model.hidden=96", "--model.mlp_width=128"]
 # What else a guide must have shown, beside commands that end well. story.md has a test file of its own.
 SHOWN = {
+    "bench.md": ["wrote runs/bench/mfu.json", "norms and pointwise"],
     "embedding-one-op.md": ["rank 0: as in one process", "rank 1: as in one process"],
     "faults.md": ["ended with exit code 2", "No space left on device", '"step": 3'],
     "many-nodes.md": ["--nnodes 2", "these ranks fit together"],

@@ -16,11 +16,9 @@ from contextlib import suppress
 from functools import cache
 from math import log2
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 import torch
-
-from flashtrain.comm.transport.base import Transport
 
 log = logging.getLogger("flashtrain.comm")
 
@@ -46,11 +44,25 @@ def bucket(rows: int) -> int:
     return round(2 ** (round(4 * log2(rows)) / 4)) if rows > 1 else rows
 
 
+class Members(Protocol):
+    """Who chooses together: this process is ``rank`` of ``world``."""
+
+    @property
+    def rank(self) -> int:
+        """From 0 on."""
+        ...
+
+    @property
+    def world(self) -> int:
+        """How many choose."""
+        ...
+
+
 def choose(
     name: str,
     candidates: Candidates,
     call: Callable[[Any], Any],
-    mover: Transport,
+    mover: Members,
     exchange: Callable[[str], list[str]],
     device: torch.device,
 ) -> Any:

@@ -44,6 +44,10 @@ class Source(Protocol):
 
     def samples(self, length: int, seed: int) -> Samples: ...
 
+    def check_boundaries(self) -> None:
+        """Raise UserError if documents do not end with the tokenizer's boundary."""
+        ...
+
     def held_out(self, length: int, count: int) -> HeldOut:
         """At most ``count`` windows that are not trained on."""
         ...
@@ -61,6 +65,9 @@ class TextData:
     def samples(self, length: int, seed: int) -> Windows:
         """Windows of the train split."""
         return Windows(self._corpus.split("train"), length, seed)
+
+    def check_boundaries(self) -> None:
+        """The corpus joins its documents with it."""
 
     def held_out(self, length: int, count: int) -> HeldOut:
         """Windows of the held-out split, and the entropy of all of it."""
@@ -153,6 +160,16 @@ class PreparedData:
     def samples(self, length: int, seed: int) -> Blend:
         """Windows of all sets, blended."""
         return Blend(self._train, self.config.sets, self.weights, length, seed)
+
+    def check_boundaries(self) -> None:
+        """Look at the first document of each set: Megatron's tools write the boundary only if asked to."""
+        for file in self.files:
+            end = file.start(1)
+            if end == 0 or file.read(end - 1, end)[0] != self.tokenizer.boundary:
+                raise UserError(
+                    f"documents of {file.prefix} do not end with the tokenizer's boundary, token "
+                    f"{self.tokenizer.boundary}: prepare it with --append-eod, or without train.document_mask"
+                )
 
     def held_out(self, length: int, count: int) -> HeldOut:
         """Windows of all sets' held-out ends, shared out by weight, and the entropy of their tokens."""

@@ -7,6 +7,7 @@ import torch
 from torch import Tensor, nn
 
 from flashtrain.errors import UserError
+from flashtrain.nn.attend import Documents
 from flashtrain.nn.attention import Attention
 from flashtrain.nn.block import Block
 from flashtrain.nn.flops import forward_flops
@@ -159,12 +160,18 @@ class Decoder(nn.Module):
     def _mlp(self) -> SwiGLU:
         return SwiGLU(self.config.hidden, self.config.mlp_width)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
-        """``tokens [S, B]`` -> logits ``[S, B, V]``, or with ``targets [S, B]`` the mean loss in nats."""
+    def forward(
+        self, tokens: Tensor, targets: Tensor | None = None, documents: Documents | None = None
+    ) -> Tensor:
+        """``tokens [S, B]`` -> logits ``[S, B, V]``, or with ``targets [S, B]`` the mean loss in nats.
+
+        With ``documents`` tokens attend to their own document alone. Positions go on through a sequence:
+        rotary attention depends on their differences, so a document's output is that of it alone.
+        """
         rotary = self._rotary(tokens)
         x = self.embedding(tokens)
         for layer in self.layers:
-            x = layer(x, rotary)
+            x = layer(x, rotary, documents)
         logits = self.head(self.norm(x))
         return logits if targets is None else self.loss(logits, targets)
 

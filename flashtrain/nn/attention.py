@@ -5,8 +5,9 @@ from typing import NamedTuple
 import torch
 from torch import Tensor, nn
 
+from flashtrain.errors import UserError
 from flashtrain.kernels.rotary.op import rotary_qkv
-from flashtrain.nn.attend import Heads, attend
+from flashtrain.nn.attend import Documents, Heads, attend
 from flashtrain.nn.paired import GroupedProjection, PairedProjection, attend_pairs
 from flashtrain.nn.pairing import Pairing
 
@@ -54,9 +55,9 @@ class Attention(nn.Module):
         """Which heads of what ``project`` gives meet; None where grouped queries meet their KV heads."""
         return None if getattr(self.qkv, "by_unit", True) else self.qkv.pairing  # type: ignore[return-value]
 
-    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, documents: Documents | None = None) -> Tensor:
         """``x [S, B, hidden]`` or ``[S·B, hidden]`` -> the same; ``rotary [2, S, head_dim]``."""
-        return self._close(self._attend(self.project(x, rotary)))
+        return self._close(self._attend(self.project(x, rotary), documents))
 
     def extend(self, x: Tensor, rotary: Tensor, past: KeyValues | None) -> tuple[Tensor, KeyValues]:
         """``x [S, B, hidden]`` after the tokens of ``past`` -> output and the longer cache.
@@ -88,9 +89,13 @@ class Attention(nn.Module):
         projections = 2.0 * (inputs + self.out.weight.numel())
         return projections + 2.0 * sequence * self.out.weight.shape[1]
 
-    def _attend(self, heads: Heads) -> Tensor:
+    def _attend(self, heads: Heads, documents: Documents | None = None) -> Tensor:
         pairing = self.pairing
-        return attend(heads) if pairing is None else attend_pairs(heads, pairing)
+        if pairing is None:
+            return attend(heads, documents)
+        if documents is not None:
+            raise UserError("train.document_mask is true, but the pairs of model.pairing know no documents")
+        return attend_pairs(heads, pairing)
 
     def _close(self, mixed: Tensor) -> Tensor:
         batch, _, sequence, _ = mixed.shape

@@ -4,6 +4,7 @@ from typing import Any
 
 from torch import Tensor, nn
 
+from flashtrain.nn.attend import Documents
 from flashtrain.nn.attention import Attention, KeyValues
 from flashtrain.nn.mlp import SwiGLU
 from flashtrain.nn.norm import RMSNorm
@@ -19,9 +20,9 @@ class Block(nn.Module):
         self.mlp_norm = RMSNorm(hidden, norm_epsilon)
         self.mlp = mlp
 
-    def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rotary: Tensor, documents: Documents | None = None) -> Tensor:
         """``x [S, B, hidden]`` or a shard of its rows -> the same; ``rotary [2, S, head_dim]``."""
-        normed, x = self.mlp_norm(self.attention(self.attention_norm(x), rotary), x)
+        normed, x = self.mlp_norm(self.attention(self.attention_norm(x), rotary, documents), x)
         return x + self.mlp(normed)
 
     def extend(self, x: Tensor, rotary: Tensor, past: KeyValues | None) -> tuple[Tensor, Any]:

@@ -57,13 +57,14 @@ def parallelize(
     mesh: DeviceMesh,
     plan: Mapping[str, ParallelStyle] | None = None,
     units: Sequence[nn.Module] | None = None,
+    sharding: data.Sharding | None = None,
 ) -> nn.Module:
     """Shard ``model`` in place over ``mesh`` with dimensions named ``tensor`` and/or ``data``.
 
     Every rank must hold the same parameters. ``plan`` maps module names to styles (default: a decoder
     with the names of ``decoder_plan``); ``model(tokens [S, B], ...)`` takes its tokens first. ``units``
-    are the blocks that data parallelism gathers one at a time (default: ``model.layers``). A dimension
-    of degree 1 changes nothing. Raises UserError for a plan that does not fit the model.
+    are the blocks that data parallelism gathers one at a time (default: ``model.layers``), ``sharding`` how.
+    A dimension of degree 1 changes nothing. Raises UserError for a plan that does not fit the model.
     """
     names = mesh.mesh_dim_names or ()
     if TENSOR in names and mesh[TENSOR].size() > 1:
@@ -81,9 +82,8 @@ def parallelize(
 
         model.register_forward_pre_hook(note_rows)
     if DATA in names and mesh[DATA].size() > 1:
-        data.shard(
-            model, list(model.get_submodule("layers").children()) if units is None else units, mesh[DATA]
-        )
+        blocks = list(model.get_submodule("layers").children()) if units is None else units
+        data.shard(model, blocks, mesh[DATA], sharding)
     return model
 
 

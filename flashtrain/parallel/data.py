@@ -1,6 +1,7 @@
 """Data parallelism: FSDP2 whose all-gather and reduce-scatter are this engine's schedules."""
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -11,6 +12,7 @@ from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 
 from flashtrain.comm import ops
+from flashtrain.errors import UserError
 
 
 class _Allocate:
@@ -50,14 +52,36 @@ class ScheduledReduceScatter(_Allocate, ReduceScatter):
         output_tensor.copy_(ops.reduce_scatter(input_tensor, group.group_name, self.site, scale))
 
 
-def shard(model: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh) -> nn.Module:
+@dataclass(frozen=True, kw_only=True)
+class Sharding:
+    """How data parallelism keeps parameters; it changes memory and time, no bit.
+
+    ``reshard``: free a block's gathered parameters after its forward pass and gather them again for its
+    backward pass. ``prefetch``: blocks whose parameters are gathered ahead of the one that runs; 1 is what
+    FSDP2 does by itself, more take as many blocks' memory.
+    """
+
+    reshard: bool = True
+    prefetch: int = 1
+
+    def validate(self) -> None:
+        """Raise UserError for a value out of range."""
+        if self.prefetch < 1:
+            raise UserError(f"fsdp.prefetch is {self.prefetch}; it must be at least 1")
+
+
+def shard(
+    model: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, sharding: Sharding | None = None
+) -> nn.Module:
     """Apply FSDP2 to ``units`` (blocks, each gathered as one) and to what is left of ``model``.
 
     ``mesh`` is one-dimensional, the data-parallel ranks. Gradients are means over them. The collectives
     run in the order of the modules on every rank.
     """
-    for unit in (*units, model):
-        fully_shard(unit, mesh=mesh)
+    sharding = sharding or Sharding()
+    for unit in units:
+        fully_shard(unit, mesh=mesh, reshard_after_forward=sharding.reshard)
+    fully_shard(model, mesh=mesh)
     names = {id(module): name or "model" for name, module in model.named_modules()}
     for unit in (*units, model):
         assert isinstance(unit, FSDPModule)
@@ -67,4 +91,13 @@ def shard(model: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh) -> nn.
         # With a plain sum FSDP scales the gradients itself, in its own order of operations; asking for it
         # keeps the op among the two that this reduce-scatter knows.
         unit.set_force_sum_reduction_for_comms(True)
+    if sharding.prefetch > 1:
+        _gather_ahead([unit for unit in units if isinstance(unit, FSDPModule)], sharding.prefetch)
     return model
+
+
+def _gather_ahead(units: Sequence[FSDPModule], count: int) -> None:
+    """Let each unit start the gathers of the ``count`` that run after it, forward and backward."""
+    for place, unit in enumerate(units):
+        unit.set_modules_to_forward_prefetch(list(units[place + 1 : place + 1 + count]))
+        unit.set_modules_to_backward_prefetch(list(units[max(0, place - count) : place])[::-1])

@@ -13,6 +13,8 @@ from flashtrain.checkpoint import CheckpointStore
 from flashtrain.metrics import peak_flops
 from flashtrain.models.decoder import Decoder
 from flashtrain.parallel.apply import parallelize
+from flashtrain.parallel.data import Sharding
+from flashtrain.parallel.recompute import recompute
 from flashtrain.train import carried, snapshot
 from flashtrain.train.faults import Fault, FaultPlan
 from flashtrain.train.optimizer import AdamW
@@ -36,13 +38,21 @@ class Built:
     peak: float | None
 
 
-def build_model(config: Decoder.Config, train: Training, mesh: DeviceMesh, device: torch.device) -> Built:
+def build_model(
+    config: Decoder.Config, train: Training, sharding: Sharding, mesh: DeviceMesh, device: torch.device
+) -> Built:
     """The plain model, drawn from ``train.seed`` alone, then moved to ``device`` and parallelised."""
     model = Decoder(config, torch.Generator().manual_seed(train.seed))
     built = describe(model, train, device)
     model.to(device=device, dtype=getattr(torch, train.dtype))
-    parallelize(model, mesh)
+    distribute(model, train, sharding, mesh)
     return built
+
+
+def distribute(model: Decoder, train: Training, sharding: Sharding, mesh: DeviceMesh) -> None:
+    """Parallelise ``model``, and let its blocks keep the activations that ``train.recompute`` says."""
+    parallelize(model, mesh, sharding=sharding)
+    recompute(model.layers, train.recompute)
 
 
 def describe(model: Decoder, train: Training, device: torch.device) -> Built:

@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Literal
 
 from flashtrain.errors import UserError
+from flashtrain.parallel.recompute import Policy
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -15,6 +16,9 @@ class Training:
     micro-batches. ``evaluate_every`` steps, 0: at the end alone, on ``evaluation_windows`` sequences.
     ``init_from``: a checkpoint, a run or a folder of ``flashtrain convert hf2ft`` whose weights a fresh run
     starts with, rounded to ``dtype``; the optimizer starts anew, at step 1.
+    ``document_mask``: tokens attend to their own document alone, as the tokenizer's boundary ends it.
+    ``recompute``: activations to compute again in the backward pass instead of keeping them (none; pointwise:
+    norms and activations; attention: and attention; full: whole blocks). It changes memory and time, no bit.
     """
 
     steps: int = 1000
@@ -26,6 +30,8 @@ class Training:
     evaluate_every: int = 0
     evaluation_windows: int = 256
     init_from: Path | None = None
+    document_mask: bool = False
+    recompute: Policy = "none"
 
     def validate(self, data_degree: int) -> None:
         """Raise UserError for a value out of range, or a batch that the ranks cannot share."""

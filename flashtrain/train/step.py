@@ -9,12 +9,14 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from flashtrain.comm import ops, transport
 from flashtrain.comm.transport.base import clock
+from flashtrain.nn.attend import Documents
 from flashtrain.parallel.mesh import DATA, TENSOR
 from flashtrain.train.faults import FaultPlan
 from flashtrain.train.optimizer import AdamW
 from flashtrain.train.skips import SkipRule
 
-Batch = tuple[Tensor, Tensor]
+# What the model is called with: tokens, targets, and documents where they are told apart.
+Batch = tuple[Tensor, Tensor] | tuple[Tensor, Tensor, Documents]
 
 
 @dataclass(frozen=True)
@@ -51,7 +53,7 @@ class TrainStep:
         micro_batches: Sequence[Batch],
         notes: Callable[[], Sequence[float]] = tuple,
     ) -> StepResult:
-        """``micro_batches`` are (tokens, targets) ``[S, B]`` of equal size; ``step`` counts from 1.
+        """``micro_batches`` begin with tokens and targets ``[S, B]`` of equal size; ``step`` counts from 1.
 
         What ``notes`` gives after the backward pass travels to every rank beside the loss, so it costs no
         message of its own. Raises UserError on all ranks if too many steps in a row had to be skipped.
@@ -61,8 +63,8 @@ class TrainStep:
             mover.traffic.reset()
         started = clock()
         losses = []
-        for tokens, targets in micro_batches:
-            loss = self.model(tokens, targets)
+        for batch in micro_batches:
+            loss = self.model(*batch)
             (loss / len(micro_batches)).backward()
             self.optimizer.accumulate()
             losses.append(loss.detach())

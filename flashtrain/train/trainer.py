@@ -25,10 +25,13 @@ from flashtrain.metrics import Event, StepMetrics, peak_memory
 from flashtrain.metrics.history import CONFIG
 from flashtrain.metrics.machine import describe_machine
 from flashtrain.models.decoder import Decoder
+from flashtrain.nn import attend
+from flashtrain.nn.attend import Documents
 from flashtrain.parallel import mesh as meshes
 from flashtrain.parallel import sites
+from flashtrain.parallel.data import Sharding
 from flashtrain.parallel.mesh import DATA, Degrees
-from flashtrain.train import faults, ranks, snapshot
+from flashtrain.train import attention, faults, ranks, snapshot
 from flashtrain.train import places as where
 from flashtrain.train.build import build_model, build_step, start_from
 from flashtrain.train.callbacks import Callback, Run
@@ -50,7 +53,9 @@ class Trainer:
 
     @dataclass(frozen=True, kw_only=True)
     class Config:
-        """All that decides what a run computes. ``parallel``, ``comm`` and ``watch`` only decide how.
+        """All that decides what a run computes.
+
+        ``parallel``, ``comm``, ``attention``, ``fsdp`` and ``watch`` only decide how.
 
         ``nodes``: how many hosts the ranks must have come from; None: as many as there are.
         """
@@ -61,6 +66,8 @@ class Trainer:
         optimizer: AdamW.Config = field(default_factory=AdamW.Config)
         parallel: Degrees = field(default_factory=Degrees)
         comm: transport.Settings = field(default_factory=transport.Settings)
+        attention: attend.Settings = field(default_factory=attend.Settings)
+        fsdp: Sharding = field(default_factory=Sharding)
         checkpoint: Checkpointing = field(default_factory=Checkpointing)
         watch: Watching = field(default_factory=Watching)
         skip: SkipRule.Config = field(default_factory=SkipRule.Config)
@@ -68,24 +75,32 @@ class Trainer:
         faults: tuple[Fault, ...] = ()
         nodes: int | None = None
 
-        def validate(self) -> None:
-            """Raise UserError for settings that cannot work, before any rank starts."""
+        def validate(self, data: bool = True) -> None:
+            """Raise UserError for settings that cannot work, before any rank starts.
+
+            Without ``data`` nothing is read: for what trains on tokens of its own.
+            """
             self.parallel.validate()
             self.model.validate(self.parallel.tensor)
             self.train.validate(self.parallel.data)
             self.optimizer.validate()
             self.comm.validate()
+            self.fsdp.validate()
             self.checkpoint.validate()
             self.watch.validate(self.train.steps)
             self.skip.validate()
             self.stragglers.validate()
             faults.validate(self.faults, self.parallel.world)
+            if not data:
+                return
             source = open_source(self.data)
             if self.model.vocabulary < source.tokenizer.vocab_size:
                 raise UserError(
                     f"model.vocabulary is {self.model.vocabulary}; it must be at least the tokenizer's "
                     f"{source.tokenizer.vocab_size}"
                 )
+            if self.train.document_mask:
+                source.check_boundaries()
             source.samples(self.train.sequence, self.train.seed)
             source.held_out(self.train.sequence, 1)
 
@@ -141,7 +156,8 @@ class Trainer:
         self.unigram_entropy = held_out.unigram_entropy
         self.held_out = self._evaluation_batches(held_out)
 
-        built = build_model(config.model, train, self.mesh, device)
+        attention.prepare(config.attention, config.model, train, config.parallel, device)
+        built = build_model(config.model, train, config.fsdp, self.mesh, device)
         self.model, self.parameter_count = built.model, built.parameter_count
         self.flops_per_token, self.peak = built.flops_per_token, built.peak
         start_from(train.init_from, self.model, self.out)
@@ -294,7 +310,10 @@ class Trainer:
 
     def _on_device(self, tokens: Tensor, targets: Tensor) -> Batch:
         """``[B, S]`` as the sampler gives it -> ``[S, B]`` as the model takes it."""
-        return tokens.t().contiguous().to(self.device), targets.t().contiguous().to(self.device)
+        taken = tokens.t().contiguous().to(self.device), targets.t().contiguous().to(self.device)
+        if not self.config.train.document_mask:
+            return taken
+        return *taken, Documents.of(tokens, self.source.tokenizer.boundary, self.device)
 
     def _evaluation_batches(self, held_out: HeldOut) -> list[Batch]:
         """This data rank's share of the held-out windows, in batches of the training step's size."""
@@ -309,9 +328,10 @@ class Trainer:
     def _evaluate(self) -> float:
         """Held-out loss in nats per token over the windows of all data ranks."""
         total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
-        for tokens, targets in self.held_out:
-            total += self.model(tokens, targets).double() * tokens.shape[1]
-            count += tokens.shape[1]
+        for batch in self.held_out:
+            windows = batch[0].shape[1]
+            total += self.model(*batch).double() * windows
+            count += windows
         return float(mean_over_data(total / count, self.mesh))
 
     def _measure(self, step: int, rate: float, result: StepResult, seconds: float) -> StepMetrics:

@@ -66,7 +66,7 @@ def walk(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def forward_kernel(  # type: ignore[no-untyped-def]
+def attention_kernel(  # type: ignore[no-untyped-def]
     q_desc,
     k_desc,
     v_desc,

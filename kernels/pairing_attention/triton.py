@@ -11,7 +11,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from flashtrain.kernels.layout import heads_like
 from flashtrain.kernels.pairing_attention.backward import delta_kernel, keys_gradient_kernel
 from flashtrain.kernels.pairing_attention.config import Config, config_of, section_of, splits_of
-from flashtrain.kernels.pairing_attention.forward import forward_kernel
+from flashtrain.kernels.pairing_attention.forward import attention_kernel
 from flashtrain.kernels.pairing_attention.queries import queries_gradient_kernel
 
 _LOG2E = 1.4426950408889634
@@ -61,7 +61,7 @@ def forward(
     )
     section = sizes.section(sizes.pairs)
     grid = (section, triton.cdiv(sizes.sequence, tiles.rows), sizes.batch * (sizes.pairs // section))
-    forward_kernel[grid](
+    attention_kernel[grid](
         sizes.described(query, tiles.rows),
         sizes.described(key, tiles.columns),
         sizes.described(value, tiles.columns),

@@ -108,6 +108,15 @@ def test_sets_of_megatron_need_a_tokenizer(folder: Path) -> None:
     assert source.samples(8, 0).document_starts(0).tolist() in ([0, 4, 8], [3, 7], [2, 6], [1, 5])
 
 
+def test_documents_without_a_boundary_are_refused_where_it_is_needed(folder: Path, tmp_path: Path) -> None:
+    for name in ("large", "bytes"):
+        data(folder, name).check_boundaries()
+    write_set(tmp_path / "joined", [[1, 2, 3]] * 100)
+    source = data(tmp_path, "joined", tokenizer="bytes")
+    with pytest.raises(UserError, match=r"joined do not end with the tokenizer's boundary, token 0: prepare"):
+        source.check_boundaries()
+
+
 def test_a_token_outside_the_vocabulary_is_named(folder: Path, tmp_path: Path) -> None:
     write_set(tmp_path / "wide", [[1, 2, 300, 0]] * 100)
     samples = data(tmp_path, "wide", tokenizer="bytes").samples(8, 0)

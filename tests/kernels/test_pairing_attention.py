@@ -140,10 +140,10 @@ COMPILED = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from flashtrain.kernels.pairing_attention.backward import keys_gradient_kernel
-from flashtrain.kernels.pairing_attention.forward import forward_kernel
+from flashtrain.kernels.pairing_attention.forward import attention_kernel
 from flashtrain.kernels.pairing_attention.queries import queries_gradient_kernel
 
-for kernel, rows, columns in ((forward_kernel, 128, 64), (keys_gradient_kernel, 64, 128),
+for kernel, rows, columns in ((attention_kernel, 128, 64), (keys_gradient_kernel, 64, 128),
                               (queries_gradient_kernel, 128, 64)):
     given = {"BM": rows, "BN": columns, "D": 64, "CAUSAL": True, "PRECISION": "tf32", "STAGES": 2}
     kinds = dict.fromkeys(p.name for p in kernel.params) | dict.fromkeys(given, "constexpr")
