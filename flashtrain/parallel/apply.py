@@ -26,8 +26,7 @@ def decoder_plan(rows: tensor.Rows) -> dict[str, ParallelStyle]:
         "layers.*.mlp.gate_up": tensor.ColumnParallel(rows),
         "layers.*.mlp.down": tensor.RowParallel(rows),
         "norm": tensor.SequenceParallel(rows),
-        "head": tensor.ColumnParallel(rows),
-        "loss": tensor.VocabularyParallelLoss(rows),
+        "head": tensor.VocabularyParallelHead(rows),
     }
 
 

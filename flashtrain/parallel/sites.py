@@ -63,6 +63,10 @@ def _tensor_site(name: str, module: nn.Module, rows: int, world: int, mover: str
     """What a module exchanges over the tensor dimension; None for one that has nothing to exchange."""
     gather, scatter = "all-gather, then product", "product, then reduce-scatter"
     match module:
+        case tensor.VocabularyParallelHeadLinear():
+            exchanged = f"{gather}, then three numbers a row; the gradients too"
+            backward = f"in the forward pass: {scatter}, under the weight gradient"
+            return _product(name, module, exchanged, backward, rows, world, mover)
         case tensor.ColumnParallelLinear():
             if transport.settings().keep_gather:
                 backward = f"{scatter}; weight gradient from the gather that was kept"
