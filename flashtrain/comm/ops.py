@@ -136,10 +136,10 @@ def _watched(*operands: Tensor) -> bool:
 
     The dispatcher costs as much host time as all of a small product's launches together.
     """
-    return _traced(*operands) or profiler._is_profiler_enabled or _get_current_dispatch_mode() is not None
+    return traced(*operands) or profiler._is_profiler_enabled or _get_current_dispatch_mode() is not None
 
 
-def _traced(*operands: Tensor) -> bool:
+def traced(*operands: Tensor) -> bool:
     """Whether something that is no execution goes over the operator."""
     return (
         torch.compiler.is_compiling()
@@ -150,7 +150,7 @@ def _traced(*operands: Tensor) -> bool:
 
 def _accumulates(main: WeightGradient | None, x: Tensor, w: Tensor) -> bool:
     """Whether the weight's gradient is to be added to ``main``: bits must not depend on who watches."""
-    return main is not None and torch.is_grad_enabled() and w.requires_grad and not _traced(x, w)
+    return main is not None and torch.is_grad_enabled() and w.requires_grad and not traced(x, w)
 
 
 def _all_gather_matmul(

@@ -15,7 +15,6 @@ must be summed over the group, see ``flashtrain.parallel.apply.sum_replicated_gr
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -92,7 +91,7 @@ class VocabularyParallelHeadLinear(ColumnParallelLinear):
         if targets is None:
             return super().forward(x)
         flat, weight, whole = x.reshape(-1, x.shape[-1]), _local(self.weight), targets.reshape(-1)
-        if torch.compiler.is_compiling():  # which can fuse the loss itself, if it sees it
+        if ops.traced(flat, weight):  # a compiler can fuse the loss itself, if it sees it
             return vocabulary_parallel_cross_entropy(super().forward(x), targets, self.group, self.site)
         main = _main_grad(self.weight)
         return loss.linear_cross_entropy(flat, weight, whole, self.group, self.site, main)

@@ -22,8 +22,9 @@ def linear_cross_entropy(
             f"x {list(x.shape)}, weight {list(weight.shape)} and targets {list(targets.shape)} do not fit: "
             "x is [..., H], the weight [V, H], targets [...]"
         )
-    # A compiler fuses what it can see, and would see nothing of the chunks.
-    if torch.compiler.is_compiling() or (not x.is_cuda and main is None):
+    # A compiler fuses what it can see, and would see nothing of the chunks; nor would tensors without values.
+    traced = torch.compiler.is_compiling() or type(x) is not Tensor
+    if traced or (not x.is_cuda and main is None):
         return reference.linear_cross_entropy(x, weight, targets)
     return in_chunks(x, weight, targets, main)
 
