@@ -103,7 +103,14 @@ class _Order(Callback):
         self.seen.append(f"on {metrics.step}")
 
 
-def _run(out: Path, text: Path, behind: int, monkeypatch: pytest.MonkeyPatch, stops: bool = False) -> _Order:
+def _run(
+    out: Path,
+    text: Path,
+    behind: int,
+    monkeypatch: pytest.MonkeyPatch,
+    stops: bool = False,
+    dtype: str = "float32",
+) -> _Order:
     """A run of one rank in this process, ten steps, a checkpoint after every fifth."""
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
@@ -111,7 +118,8 @@ def _run(out: Path, text: Path, behind: int, monkeypatch: pytest.MonkeyPatch, st
     monkeypatch.setattr(trainer, "_behind", lambda device: behind)
     order, real = _Order(stops), trainer.build_callbacks
     monkeypatch.setattr(trainer, "build_callbacks", lambda *given: [*real(*given), order])
-    words = command(out, text, parallel__tensor=1, train__steps=10, checkpoint__every=5)[7:]
+    settings = {"parallel__tensor": 1, "train__steps": 10, "checkpoint__every": 5, "train__dtype": dtype}
+    words = command(out, text, **settings)[7:]
     try:
         Trainer(configs.resolve(recipes.demo(), overrides=words), out).run()
     finally:
