@@ -134,7 +134,8 @@ class _LinearCrossEntropy(torch.autograd.Function):
         wants_dx, wants_dw = ctx.needs_input_grad[:2]
         dx = torch.empty_like(x) if wants_dx else None
         dw = WeightGradient(weight) if wants_dw else None
-        share = 1.0 / count.to(reference.wide(weight.dtype))
+        # 1 / count without its power of two, which would carry most of p out of fp16's range and comes last.
+        share, power = torch.frexp(1.0 / count.to(reference.wide(weight.dtype)))
         for rows in bounds:
             logits, inputs = projection.logits(rows, True)
             targets = projection.targets(rows)
@@ -143,13 +144,16 @@ class _LinearCrossEntropy(torch.autograd.Function):
             projection.gradients(logits, inputs, None if dx is None else dx[rows], dw)
             del logits, inputs  # before the next chunk's come to be
         ctx.main = main
-        ctx.save_for_backward(dx, None if dw is None else dw.total)
+        ctx.save_for_backward(
+            dx, None if dw is None else dw.total, torch.ldexp(torch.ones_like(share), power)
+        )
         return torch.cat(losses).sum() / count
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, factor: Tensor) -> tuple[Tensor | None, ...]:
-        dx, dw = ctx.saved_tensors
+        dx, dw, scale = ctx.saved_tensors
+        factor = factor * scale
         # In place: a second pass backward would be refused by autograd.
         dx = None if dx is None else dx.mul_(factor)
         if dw is not None and ctx.main is not None:

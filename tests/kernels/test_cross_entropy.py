@@ -1,5 +1,7 @@
 """Output projection and cross-entropy in chunks, and its kernels, against fp64 and torch."""
 
+import math
+
 import pytest
 import torch
 from torch import Tensor
@@ -133,6 +135,17 @@ def test_gradients_of_narrow_weights_are_added_in_fp32() -> None:
     off = (main.total.double() - 1.5 * wide[1].grad).norm() / (1.5 * wide[1].grad.norm())
     assert off < 4e-3, "the rounding of the logits and of their gradients alone"
     assert (x.grad.double() - 1.5 * wide[0].grad).norm() < 2e-2 * wide[0].grad.norm()
+
+
+def test_small_probabilities_of_many_rows_survive_fp16() -> None:
+    """p is 6e-6 beside the target; a 256th of it is below all that fp16 has."""
+    x, weight = torch.ones(256, 8).half(), torch.zeros(40, 8).half().requires_grad_()
+    with torch.no_grad():
+        weight[0] = 1.5
+    main = WeightGradient(weight)
+    op.in_chunks(x, weight, torch.zeros(256, dtype=torch.long), main).backward()
+    true = torch.full((39, 8), 1 / (math.exp(12) + 39))
+    torch.testing.assert_close(main.total[1:], true, rtol=1e-2, atol=0.0)
 
 
 def test_no_target_that_counts_has_no_mean() -> None:
