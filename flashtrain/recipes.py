@@ -7,8 +7,8 @@ from pathlib import Path
 from flashtrain.models.decoder import Decoder
 from flashtrain.nn.flowhn import FlowHN
 from flashtrain.nn.hybrid import Pattern
-from flashtrain.nn.ssm import Mamba2
 from flashtrain.nn.rotary import Llama3Scaling
+from flashtrain.nn.ssm import Mamba2
 from flashtrain.parallel.mesh import Degrees
 from flashtrain.train.optimizer import AdamW
 from flashtrain.train.settings import Checkpointing, Training

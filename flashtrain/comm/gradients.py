@@ -1,9 +1,9 @@
 """Gradients of the overlapped products, with their transfers beneath whole products."""
 
+from collections.abc import Callable
 from contextlib import ExitStack
 from typing import Any, Protocol
 
-import torch
 from torch import Tensor
 
 from flashtrain.comm import bulk, chunked, groups, transport
@@ -13,18 +13,24 @@ from flashtrain.comm.streamed import StreamedColumn
 from flashtrain.comm.transport.base import Transport, capturing, clock
 from flashtrain.comm.transport.nvlink import NvlinkTransport
 
+# Takes the gathered operand of a weight's gradient: it may be gone when this returns, and what reads it must
+# be on the stream by then.
+Multiply = Callable[[Tensor], object]
+
 
 class Column(Protocol):
-    """``dx_shard [M/W, K] = RS(dy [M, N] · w [N, K])`` and ``dw [N, K] = dyᵀ · AG(x)``."""
+    """``dx_shard [M/W, K] = RS(dy [M, N] · w [N, K])``, and ``multiply`` for ``dw = dyᵀ · AG(x)``."""
 
-    def __call__(self, dy: Tensor, x: Tensor, w: Tensor, site: str) -> tuple[Tensor, Tensor]: ...
+    def __call__(self, dy: Tensor, x: Tensor, w: Tensor, site: str, multiply: Multiply) -> Tensor: ...
 
 
-def column(dy: Tensor, x: Tensor, w: Tensor, group: str, site: str, gathered: bool) -> tuple[Tensor, Tensor]:
-    """``dx_shard [M/W, K] = RS(dy [M, N] · w [N, K])`` and ``dw [N, K] = dyᵀ · AG(x [M/W, K])``.
+def column(
+    dy: Tensor, x: Tensor, w: Tensor, group: str, site: str, gathered: bool, multiply: Multiply
+) -> Tensor:
+    """``dx_shard [M/W, K] = RS(dy [M, N] · w [N, K])``, and beside it ``multiply`` for the weight's gradient.
 
-    ``x`` is ``[M, K]`` where ``gathered``. Raises UserError if the shard does not fit M, TransportError
-    if a peer fails.
+    That is ``dw = dyᵀ · AG(x [M/W, K])``; ``x`` is ``[M, K]`` where ``gathered``. Raises UserError if the
+    shard does not fit M, TransportError if a peer fails.
     """
     mover = transport.of(group, dy.device)
     key = ("column", gathered, x.shape, dy.shape, dy.dtype, w.shape)
@@ -33,7 +39,7 @@ def column(dy: Tensor, x: Tensor, w: Tensor, group: str, site: str, gathered: bo
         if dy.is_cuda and capturing():
             raise mover.uncaptured(site)
         way = _column_way(mover, key, dy, x, w, group, gathered)
-    return way(dy, x, w, site)
+    return way(dy, x, w, site, multiply)
 
 
 def _column_way(
@@ -65,13 +71,14 @@ class WholeColumn:
     def __init__(self, scatter: Schedule, gather: Schedule | None, group: str) -> None:
         self.scatter, self.gather, self.group = scatter, gather, group
 
-    def __call__(self, dy: Tensor, x: Tensor, w: Tensor, site: str) -> tuple[Tensor, Tensor]:
-        """``dx_shard [M/W, K]`` and ``dw [N, K]``. Raises TransportError if a peer fails."""
+    def __call__(self, dy: Tensor, x: Tensor, w: Tensor, site: str, multiply: Multiply) -> Tensor:
+        """``dx_shard [M/W, K]``; ``multiply`` gets the gathered x. Raises TransportError if a peer fails."""
         started, mover = clock(), transport.of(self.group, dy.device)
         if self.scatter.kind == "ring":
             x_full = x if self.gather is None else chunked.gather(self.gather, x, self.group, site)
             dx_shard = scatter_way(dy, w.t(), self.group, site)(dy, w.t(), site)
-            return dx_shard, torch.mm(dy.t(), x_full)
+            multiply(x_full)
+            return dx_shard
         with ExitStack() as under_way:
             arrived = None
             if self.gather is not None:
@@ -83,22 +90,22 @@ class WholeColumn:
             total = under_way.enter_context(bulk.scattering(self.scatter, partials, self.group, site))
             x_full = x if arrived is None else arrived()
             computing = clock()
-            dw = torch.mm(dy.t(), x_full)
+            multiply(x_full)
             mover.traffic.computing += computed + clock() - computing
             dx_shard = total()
         mover.traffic.operating += clock() - started
-        return dx_shard, dw
+        return dx_shard
 
 
-def row(dy_shard: Tensor, x: Tensor, w: Tensor, group: str, site: str) -> tuple[Tensor, Tensor]:
-    """``dx [M, K] = AG(dy_shard [M/W, N]) · w [N, K]`` and ``dw [N, K] = AG(dy_shard)ᵀ · x [M, K]``.
+def row(dy_shard: Tensor, rows: int, w: Tensor, group: str, site: str, multiply: Multiply) -> Tensor:
+    """``dx [M, K] = AG(dy_shard [M/W, N]) · w [N, K]``, and ``multiply`` for ``dw = AG(dy_shard)ᵀ · x``.
 
-    Gathered once for both. Raises UserError if the shard does not fit M, TransportError if a peer fails.
+    Gathered once for both; ``rows`` is M. Raises UserError if the shard does not fit M, TransportError if a
+    peer fails.
     """
-    dw = torch.empty_like(w)
 
     def landed(dy: Tensor, _: bool) -> None:
-        torch.mm(dy.t(), x, out=dw)
+        multiply(dy)
 
-    way = gather_way(dy_shard, w.t(), group, x.shape[0], site)
-    return way(dy_shard, w.t(), site, landed), dw
+    way = gather_way(dy_shard, w.t(), group, rows, site)
+    return way(dy_shard, w.t(), site, landed)

@@ -3,6 +3,7 @@
 The stream that computes waits for arrivals between its products; every other step is one call into C++.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING
 
 import torch
@@ -120,8 +121,10 @@ class StreamedColumn:
             self._stream = torch.cuda.ExternalStream(handle, device)
         return self._stream
 
-    def __call__(self, dy: Tensor, x: Tensor, w: Tensor, site: str) -> tuple[Tensor, Tensor]:
-        """``dx_shard [M/W, K]`` and ``dw [N, K]``. Raises TransportError if a peer has failed."""
+    def __call__(
+        self, dy: Tensor, x: Tensor, w: Tensor, site: str, multiply: Callable[[Tensor], object]
+    ) -> Tensor:
+        """``dx_shard [M/W, K]``; ``multiply`` gets the gathered x. Raises TransportError if a peer fails."""
         started, scatter, gather = clock(), self._scatter, self._gather
         x, x_epoch = x.contiguous(), 0
         partials = dy.new_empty(dy.shape[0], self._columns)
@@ -149,7 +152,7 @@ class StreamedColumn:
             if gather is not None:
                 gather.mover.wait_for_all(site)
                 x = gather.mover.arena.view(x_epoch, x.dtype, (dy.shape[0], self._columns))
-            dw = torch.mm(dy.t(), x)
+            multiply(x)
             while under_way:
                 under_way[-1].finish(site)
                 under_way.pop()
@@ -158,4 +161,4 @@ class StreamedColumn:
                 mover.abandon()
             raise
         scatter.mover.traffic.operating += clock() - started
-        return dx_shard, dw
+        return dx_shard

@@ -13,7 +13,7 @@ from flashtrain.nn.block import Block
 from flashtrain.nn.flops import forward_flops
 from flashtrain.nn.flowhn import FlowHN
 from flashtrain.nn.hybrid import ParallelHeads, Pattern, Sublayers
-from flashtrain.nn.loss import CrossEntropy
+from flashtrain.nn.loss import Head
 from flashtrain.nn.mlp import PACKING, SwiGLU
 from flashtrain.nn.norm import RMSNorm
 from flashtrain.nn.pairing import Order, Pairing
@@ -122,10 +122,9 @@ class Decoder(nn.Module):
         self.embedding = nn.Embedding(config.vocabulary, config.hidden)
         self.layers = nn.ModuleList(self._block(index) for index in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.norm_epsilon)
-        self.head = nn.Linear(config.hidden, config.vocabulary, bias=False)
+        self.head = Head(config.hidden, config.vocabulary)
         if config.tied_embeddings:
             self.head.weight = self.embedding.weight
-        self.loss = CrossEntropy()
         self._initialise(generator)
 
     def _initialise(self, generator: torch.Generator | None) -> None:
@@ -170,10 +169,11 @@ class Decoder(nn.Module):
         """
         rotary = self._rotary(tokens)
         x = self.embedding(tokens)
+        given = (rotary,) if documents is None else (rotary, documents)
         for layer in self.layers:
-            x = layer(x, rotary, documents)
-        logits = self.head(self.norm(x))
-        return logits if targets is None else self.loss(logits, targets)
+            x = layer(x, *given)
+        logits_or_loss: Tensor = self.head(self.norm(x), targets)
+        return logits_or_loss
 
     def extend(self, tokens: Tensor, past: Past | None = None) -> tuple[Tensor, Past]:
         """``tokens [S, B]`` that follow those of ``past`` -> their logits ``[S, B, V]``, and the new past."""

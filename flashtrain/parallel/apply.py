@@ -27,8 +27,7 @@ def decoder_plan(rows: tensor.Rows) -> dict[str, ParallelStyle]:
         "layers.*.mlp.down": tensor.RowParallel(rows),
         **_hybrid_plan(rows),
         "norm": tensor.SequenceParallel(rows),
-        "head": tensor.ColumnParallel(rows),
-        "loss": tensor.VocabularyParallelLoss(rows),
+        "head": tensor.VocabularyParallelHead(rows),
     }
 
 

@@ -26,10 +26,11 @@ class HeadParallelLinear(tensor.ColumnParallelLinear):
     def extra_repr(self) -> str:
         return f"in_features={self.in_features}, rows={self.taken}"
 
-    def _operands(self) -> tuple[Tensor, Tensor | None]:
+    def _operands(self) -> tuple[Tensor, Tensor | None, None]:
         weight = self._rows("weight")
         assert weight is not None
-        return weight, self._rows("bias")
+        # Rows of several parameters: autograd takes their gradients apart again.
+        return weight, self._rows("bias"), None
 
     def _rows(self, kind: str) -> Tensor | None:
         found = []

@@ -67,6 +67,10 @@ def _tensor_site(name: str, module: nn.Module, rows: int, world: int, mover: str
     else:
         column_backward = f"{scatter}; all-gather, then weight gradient"
     match module:
+        case tensor.VocabularyParallelHeadLinear():
+            exchanged = f"{gather}, then three numbers a row; the gradients too"
+            backward = f"in the forward pass: {scatter}, under the weight gradient"
+            return _product(name, _sizes(module), exchanged, backward, rows, world, mover)
         case tensor.ColumnParallelLinear():
             return _product(name, _sizes(module), gather, column_backward, rows, world, mover)
         case tensor.RowParallelLinear():

@@ -13,13 +13,14 @@ must be summed over the group, see ``flashtrain.parallel.apply.sum_replicated_gr
 """
 
 from dataclasses import dataclass
+from typing import Any
 
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from flashtrain.comm import ops, transport
+from flashtrain.comm import loss, ops, transport
 from flashtrain.errors import UserError
 from flashtrain.parallel.loss import vocabulary_parallel_cross_entropy
 
@@ -56,6 +57,11 @@ def _local(parameter: Tensor) -> Tensor:
     return parameter.to_local() if isinstance(parameter, DTensor) else parameter
 
 
+def _main_grad(weight: Tensor) -> Any:
+    """Where the optimizer wants the weight's gradient added up in fp32, if it does."""
+    return getattr(weight, "main_grad", None)
+
+
 class ColumnParallelLinear(_OverTensorGroup, nn.Linear):
     """``y [S, B, N/W] = AG(x_shard [S/W, B, K]) · w_shard [N/W, K]ᵀ + b_shard``."""
 
@@ -64,14 +70,31 @@ class ColumnParallelLinear(_OverTensorGroup, nn.Linear):
         flat = x.reshape(-1, x.shape[-1])
         keep = transport.settings().keep_gather
         # The gathered input is wanted by the weight gradient alone, if that does not gather it again.
-        weight, bias = self._operands()
-        y, _ = ops.all_gather_matmul(flat, weight, self.group, self.site, total, keep, keep)
+        weight, bias, main = self._operands()
+        y, _ = ops.all_gather_matmul(flat, weight, self.group, self.site, total, keep, keep, main)
         if bias is not None:
             y = y + bias
         return y.view(x.shape[0] * self.world, *x.shape[1:-1], y.shape[-1]) if x.dim() > 2 else y
 
-    def _operands(self) -> tuple[Tensor, Tensor | None]:
-        return _local(self.weight), None if self.bias is None else _local(self.bias)
+    def _operands(self) -> tuple[Tensor, Tensor | None, Any]:
+        bias = None if self.bias is None else _local(self.bias)
+        return _local(self.weight), bias, _main_grad(self.weight)
+
+
+class VocabularyParallelHeadLinear(ColumnParallelLinear):
+    """``head(x_shard [S/W, B, H])`` -> logits ``[S, B, V/W]``, or with whole ``targets [S, B]`` their loss.
+
+    The mean loss is the same on every rank, and its logits exist in chunks of rows alone.
+    """
+
+    def forward(self, x: Tensor, targets: Tensor | None = None) -> Tensor:
+        if targets is None:
+            return super().forward(x)
+        flat, weight, whole = x.reshape(-1, x.shape[-1]), _local(self.weight), targets.reshape(-1)
+        if ops.traced(flat, weight):  # a compiler can fuse the loss itself, if it sees it
+            return vocabulary_parallel_cross_entropy(super().forward(x), targets, self.group, self.site)
+        main = _main_grad(self.weight)
+        return loss.linear_cross_entropy(flat, weight, whole, self.group, self.site, main)
 
 
 class RowParallelLinear(_OverTensorGroup, nn.Linear):
@@ -79,7 +102,9 @@ class RowParallelLinear(_OverTensorGroup, nn.Linear):
 
     def forward(self, x: Tensor) -> Tensor:
         flat = x.reshape(-1, x.shape[-1])
-        y = ops.matmul_reduce_scatter(flat, _local(self.weight), self.group, self.site)
+        y = ops.matmul_reduce_scatter(
+            flat, _local(self.weight), self.group, self.site, _main_grad(self.weight)
+        )
         if self.bias is not None:
             y = y + self.bias
         return self._shard_like(y, x)
@@ -151,6 +176,15 @@ class ColumnParallel(_Style):
         return self._convert(module, nn.Linear, ColumnParallelLinear, device_mesh, shards)
 
 
+class VocabularyParallelHead(_Style):
+    """Shard an ``nn.Linear`` that also gives the loss, ``head(x, targets)``, by its rows, the vocabulary."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if getattr(module, "bias", None) is not None:
+            raise UserError("VocabularyParallelHead applies to a Linear without bias: give it bias=False")
+        return self._convert(module, nn.Linear, VocabularyParallelHeadLinear, device_mesh, {"weight": 0})
+
+
 class RowParallel(_Style):
     """Shard an ``nn.Linear`` by input features; its output is sharded by rows. The bias is replicated."""
 
@@ -185,5 +219,6 @@ __all__ = [
     "Rows",
     "SequenceParallel",
     "VocabularyParallel",
+    "VocabularyParallelHead",
     "VocabularyParallelLoss",
 ]

@@ -44,6 +44,13 @@ class Callback:
     def before_step(self, step: int) -> None:
         """Before the input of ``step`` is read."""
 
+    def waits_for(self, step: int) -> bool:
+        """Whether ``on_step`` of ``step`` has to come before the next step begins; the same on every rank.
+
+        On a GPU it else comes while the next one runs.
+        """
+        return False
+
     def on_step(self, metrics: StepMetrics) -> None:
         """After every optimizer step."""
 

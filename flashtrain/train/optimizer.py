@@ -1,7 +1,8 @@
 """AdamW on this rank's shards, with fp32 masters, global-norm clipping, warm-up and cosine decay."""
 
 import math
-from collections.abc import Callable, Iterator, Mapping
+import sys
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 
 import torch
@@ -11,6 +12,10 @@ from torch.distributed.tensor import DTensor
 
 from flashtrain.comm import ops
 from flashtrain.errors import UserError
+from flashtrain.kernels.adamw.op import optimizer
+from flashtrain.kernels.adamw.slot import Hyperparameters, Slot
+from flashtrain.kernels.weight_gradient import WeightGradient
+from flashtrain.nn.linear import Linear
 from flashtrain.parallel.apply import is_tensor_sharded, sum_over_tensor
 from flashtrain.parallel.mesh import DATA, TENSOR
 
@@ -19,9 +24,10 @@ class AdamW:
     """AdamW (arXiv 1711.05101) over the local shards of a parallelised model.
 
     Moments, masters and accumulated gradients are fp32 tensors of the local shards' shapes. A parameter
-    that is fp32 is its own master; one of a narrower dtype is rounded from its master after each step.
-    Matrices decay, vectors (norm weights, biases) do not. Working on local tensors rather than DTensors
-    makes one fused update of all of them possible, whatever meshes they live on.
+    that is fp32 is its own master; one of a narrower dtype is rounded from its master in each step, and the
+    products that make its gradient add it up in fp32 (``main_grad``), except under FSDP2. Matrices decay,
+    vectors (norm weights, biases) do not. Working on local tensors rather than DTensors makes one fused
+    update of all of them possible, whatever meshes they live on.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -59,83 +65,79 @@ class AdamW:
     def __init__(self, model: nn.Module, mesh: DeviceMesh, config: Config) -> None:
         self.config, self.mesh = config, mesh
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
-        self._locals = {name: _local(p.detach()) for name, p in self.parameters.items()}
-        self._masters = {
-            name: shard if shard.dtype == torch.float32 else shard.float()
-            for name, shard in self._locals.items()
-        }
+        # Of what ranks of the tensor dimension hold parts, each adds its own to the norm: these come first.
+        sharded = [name for name, p in self.parameters.items() if is_tensor_sharded(p)]
+        self._order = [*sharded, *(name for name in self.parameters if name not in set(sharded))]
+        self._slots = {name: _slot(self.parameters[name]) for name in self._order}
+        self._kernels = optimizer(list(self._slots.values()), len(sharded))
+        self._main: dict[str, WeightGradient] = {}
+        if mesh[DATA].size() == 1:  # else gradients belong to FSDP2, which reduces them in the weights' dtype
+            self._main = main_gradients(model, self.parameters)
         self._gradients: dict[str, Tensor] = {}
-        decaying = [m for name, m in self._masters.items() if self.parameters[name].dim() > 1]
-        others = [m for name, m in self._masters.items() if self.parameters[name].dim() <= 1]
-        self._adamw = torch.optim.AdamW(
-            [
-                {"params": decaying, "weight_decay": config.weight_decay},
-                {"params": others, "weight_decay": 0.0},
-            ],
-            lr=config.learning_rate,
-            betas=(config.beta1, config.beta2),
-            eps=config.epsilon,
-            fused=True,
-        )
-        for master in self._masters.values():
-            self._adamw.state[master] = {
-                "step": torch.zeros((), device=master.device),
-                "exp_avg": torch.zeros_like(master),
-                "exp_avg_sq": torch.zeros_like(master),
-            }
 
     def accumulate(self) -> None:
         """Take in the gradients of one backward pass. fp32 gradients go on adding up where they are."""
         for name, parameter in self.parameters.items():
-            if parameter.grad is None:
-                continue
-            gradient = _local(parameter.grad)
-            if gradient.dtype == torch.float32:
-                self._gradients[name] = gradient
-                continue
-            if name in self._gradients:
-                self._gradients[name] += gradient
-            else:
-                self._gradients[name] = gradient.float()
-            parameter.grad = None
+            if parameter.grad is not None:
+                self._take(name, parameter)
+            if name in self._main and self._main[name].filled:
+                self._gradients[name] = self._main[name].total
+
+    def _take(self, name: str, parameter: Tensor) -> None:
+        gradient = _local(parameter.grad)  # type: ignore[arg-type]
+        if gradient.dtype == torch.float32:
+            self._gradients[name] = gradient
+            return
+        if name in self._main:
+            self._main[name].add(gradient)
+        elif name in self._gradients:
+            self._gradients[name] += gradient
+        else:
+            self._gradients[name] = gradient.float()
+        parameter.grad = None
 
     @property
     def gradients(self) -> Mapping[str, Tensor]:
         """The accumulated fp32 gradients of this rank's shards, by parameter."""
         return self._gradients
 
-    def step(
-        self, learning_rate: float, update: int, accept: Callable[[float], bool] = lambda norm: True
-    ) -> float:
-        """Clip, update, clear the gradients; return the norm that they had before clipping.
+    def step(self, learning_rate: float, update: int, limit: float = sys.float_info.max) -> Tensor:
+        """Clip, update, clear the gradients; the norm that they had before clipping, an fp64 scalar.
 
-        ``update`` counts the updates from 1 and sets the bias correction. Where ``accept`` refuses the norm,
-        which is the same bits on every rank, nothing but the gradients changes. Collective over the mesh.
+        ``update`` counts the updates from 1 and sets the bias correction. Where the norm, the same bits on
+        every rank, is above ``limit`` or not finite, nothing but the gradients changes. On a GPU that is
+        decided there, and the host does not wait. Collective over the mesh.
         """
-        gradients = self._gradients
-        partial = [g for name, g in gradients.items() if not is_tensor_sharded(self.parameters[name])]
-        sum_over_tensor(partial, self.mesh)
-        norm = self._global_norm()
-        if accept(norm):
-            if norm > self.config.clip_norm:
-                torch._foreach_mul_(list(gradients.values()), self.config.clip_norm / norm)
-            self._update(learning_rate, update)
+        replicated = [
+            g for name, g in self._gradients.items() if not is_tensor_sharded(self.parameters[name])
+        ]
+        sum_over_tensor(replicated, self.mesh)
+        gradients = [self._contiguous(name) for name in self._order]
+        norm = self._global_norm(self._kernels.squares(gradients))
+        accepted = norm <= min(limit, sys.float_info.max)
+        factor = torch.where(norm > self.config.clip_norm, self.config.clip_norm / norm, 1.0)
+        self._kernels.update(gradients, factor, accepted, self._values(learning_rate, update))
         for parameter in self.parameters.values():
             parameter.grad = None
+        for main in self._main.values():
+            main.clear()
         self._gradients = {}
         return norm
 
-    def _update(self, learning_rate: float, update: int) -> None:
-        for name, master in self._masters.items():
-            master.grad = self._gradients.get(name)
-            self._adamw.state[master]["step"].fill_(update - 1)
-        for group in self._adamw.param_groups:
-            group["lr"] = learning_rate
-        self._adamw.step()
-        for name, master in self._masters.items():
-            master.grad = None
-            if self._locals[name] is not master:
-                self._locals[name].copy_(master)
+    def _contiguous(self, name: str) -> Tensor | None:
+        gradient = self._gradients.get(name)
+        return None if gradient is None else gradient.contiguous()
+
+    def _values(self, learning_rate: float, update: int) -> Hyperparameters:
+        config = self.config
+        return Hyperparameters(
+            rate=learning_rate,
+            beta1=config.beta1,
+            beta2=config.beta2,
+            epsilon=config.epsilon,
+            decay=config.weight_decay,
+            update=update,
+        )
 
     def state(self) -> dict[str, Tensor]:
         """Moments, and the masters where they are not the parameters; sharded like the parameters."""
@@ -143,11 +145,11 @@ class AdamW:
 
     def _state(self) -> Iterator[tuple[str, Tensor, Tensor]]:
         for name, parameter in self.parameters.items():
-            master = self._masters[name]
-            for kind in ("exp_avg", "exp_avg_sq"):
-                yield f"{name}.{kind}", parameter, self._adamw.state[master][kind]
-            if self._locals[name] is not master:
-                yield f"{name}.master", parameter, master
+            slot = self._slots[name]
+            yield f"{name}.exp_avg", parameter, slot.mean
+            yield f"{name}.exp_avg_sq", parameter, slot.variance
+            if slot.weight is not slot.master:
+                yield f"{name}.master", parameter, slot.master
 
     @staticmethod
     def _like(parameter: Tensor, local: Tensor) -> Tensor:
@@ -162,12 +164,12 @@ class AdamW:
             stride=parameter.stride(),
         )
 
-    def _global_norm(self) -> float:
-        """Norm of all gradients of the whole model, the same bits on every rank."""
-        device = next(iter(self._masters.values())).device
-        squares = torch.zeros(1, 2, dtype=torch.float64, device=device)  # tensor-sharded, replicated
-        for name, gradient in self._gradients.items():
-            squares[0, 0 if is_tensor_sharded(self.parameters[name]) else 1] += gradient.norm().double() ** 2
+    def _global_norm(self, squares: Tensor) -> Tensor:
+        """Norm of all gradients of the whole model, the same bits on every rank.
+
+        ``squares [2]``: of the tensor-sharded and of the replicated gradients of this rank.
+        """
+        squares = squares.view(1, 2)
         for dimension in (TENSOR, DATA):
             ranks = self.mesh[dimension]
             # Over the data dimension FSDP2 has sharded every parameter.
@@ -177,7 +179,32 @@ class AdamW:
                 squares[0, 0] = everyone[:, 0].sum()
                 if dimension == DATA:
                     squares[0, 1] = everyone[:, 1].sum()
-        return float(squares.sum().sqrt())
+        return squares.sum().sqrt()
+
+
+def _slot(parameter: Tensor) -> Slot:
+    weight = _local(parameter.detach())
+    master = weight if weight.dtype == torch.float32 else weight.float()
+    moments = torch.zeros_like(master), torch.zeros_like(master)
+    # Matrices decay, vectors do not.
+    return Slot(weight, master, *moments, decays=parameter.dim() > 1)
+
+
+def main_gradients(model: nn.Module, parameters: Mapping[str, Tensor]) -> dict[str, WeightGradient]:
+    """Give each of ``parameters`` narrower than fp32 a ``main_grad``: an fp32 sum of its gradients.
+
+    What reads it adds its products to it; gradients that still come through autograd, in the parameter's
+    dtype, are added by ``accumulate``. Plain linear layers of ``model`` become ones that read it.
+    """
+    given: dict[str, WeightGradient] = {}
+    for name, parameter in parameters.items():
+        local = _local(parameter.detach())
+        if local.dtype in (torch.bfloat16, torch.float16):
+            given[name] = parameter.main_grad = WeightGradient(local)  # type: ignore[attr-defined]
+    for module in model.modules():
+        if given and type(module) is nn.Linear:
+            module.__class__ = Linear
+    return given
 
 
 def _local(tensor: Tensor) -> Tensor:

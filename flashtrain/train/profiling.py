@@ -41,6 +41,10 @@ class Profiler(Callback):
         self._profile = profile(activities=activities, record_shapes=True, acc_events=True)
         self._profile.start()
 
+    def waits_for(self, step: int) -> bool:
+        # A stretch begins and ends with nothing under way.
+        return (step in self.steps) != (step + 1 in self.steps)
+
     def on_start(self, run: Run) -> None:
         self._folder = run.out / "profile"
 
@@ -86,6 +90,9 @@ class MemorySnapshot(Callback):
         self._folder = run.out / "memory"
         torch.cuda.memory._record_memory_history(max_entries=_HISTORY, stacks="python")
         self._recording = True
+
+    def waits_for(self, step: int) -> bool:
+        return self._recording and step in self.steps
 
     def on_step(self, metrics: StepMetrics) -> None:
         if not self._recording or metrics.step not in self.steps:

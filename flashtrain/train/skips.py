@@ -2,6 +2,7 @@
 
 import math
 import statistics
+import sys
 from collections import deque
 from dataclasses import dataclass
 from typing import Any
@@ -43,6 +44,13 @@ class SkipRule:
         self._in_a_row = 0
         self._norms: deque[float] = deque(maxlen=config.window)
 
+    @property
+    def limit(self) -> float:
+        """The largest norm that the next step may have: what is not below or at it is refused."""
+        if self.config.above and len(self._norms) == self.config.window:
+            return min(sys.float_info.max, self.config.above * statistics.median(self._norms))
+        return sys.float_info.max
+
     def accepts(self, norm: float) -> bool:
         """Whether a step with this gradient norm updates; ``reason`` says why it does not.
 
@@ -66,10 +74,9 @@ class SkipRule:
     def _objection(self, norm: float) -> str | None:
         if not math.isfinite(norm):
             return f"gradient norm is {norm}"
-        if self.config.above and len(self._norms) == self.config.window:
+        if norm > self.limit:
             usual = statistics.median(self._norms)
-            if norm > self.config.above * usual:
-                return f"gradient norm {norm:.3g} is {norm / usual:.3g} times its usual {usual:.3g}"
+            return f"gradient norm {norm:.3g} is {norm / usual:.3g} times its usual {usual:.3g}"
         return None
 
     def state_dict(self) -> dict[str, Any]:

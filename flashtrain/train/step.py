@@ -37,6 +37,35 @@ class StepResult:
     skipped: str | None
 
 
+class StepUnderWay:
+    """A step that the host has enqueued; on a GPU it may still run.
+
+    What is read of it was copied to the host behind its update, so reading waits for that step alone.
+    """
+
+    def __init__(self, numbers: Tensor, read: Callable[[list[float]], StepResult]) -> None:
+        self._read, self._result = read, None
+        self._numbers, self._copied = numbers, None
+        if numbers.is_cuda:
+            self._numbers = torch.empty(numbers.shape, dtype=numbers.dtype, pin_memory=True)
+            self._numbers.copy_(numbers, non_blocking=True)
+            self._copied = torch.cuda.Event()
+            self._copied.record()
+
+    _result: StepResult | None
+    _copied: torch.cuda.Event | None
+
+    def result(self) -> StepResult:
+        """What came of it. Raises UserError if too many steps in a row made no update, TransportError if an
+        operation of it failed.
+        """
+        if self._result is None:
+            if self._copied is not None:
+                self._copied.synchronize()
+            self._result = self._read(self._numbers.tolist())
+        return self._result
+
+
 class TrainStep:
     """Runs ``model(tokens, targets) -> loss`` over micro-batches and updates the parameters once."""
 
@@ -45,6 +74,7 @@ class TrainStep:
     ) -> None:
         self.model, self.mesh, self.optimizer = model, mesh, optimizer
         self.skips, self.faults = skips, faults
+        self._latest: StepUnderWay | None = None
 
     def __call__(
         self,
@@ -53,10 +83,22 @@ class TrainStep:
         micro_batches: Sequence[Batch],
         notes: Callable[[], Sequence[float]] = tuple,
     ) -> StepResult:
+        """``begin``, and the result as soon as there is one."""
+        return self.begin(step, learning_rate, micro_batches, notes).result()
+
+    def begin(
+        self,
+        step: int,
+        learning_rate: float,
+        micro_batches: Sequence[Batch],
+        notes: Callable[[], Sequence[float]] = tuple,
+    ) -> StepUnderWay:
         """``micro_batches`` begin with tokens and targets ``[S, B]`` of equal size; ``step`` counts from 1.
 
         What ``notes`` gives after the backward pass travels to every rank beside the loss, so it costs no
-        message of its own. Raises UserError on all ranks if too many steps in a row had to be skipped.
+        message of its own. The host waits for the step before at most, whose norm decides which norm this one
+        may have; and for this one if it drew random numbers, which a skipped step gives back. Raises
+        UserError on all ranks if too many steps in a row had to be skipped.
         """
         rng = _rng_states()
         for mover in transport.in_use():
@@ -73,28 +115,41 @@ class TrainStep:
         added = sum(t.exposed + t.handling + t.copying for t in traffic)
         loss, everyone = self._exchange(torch.stack(losses).mean(), notes())
         self.faults.spoil(step, self.optimizer.gradients)
-        grad_norm = self.optimizer.step(learning_rate, step - self.skips.count, self.skips.accepts)
-        if self.skips.reason is not None:
-            _set_rng_states(rng)
+        if self._latest is not None:
+            self._latest.result()
+        norm = self.optimizer.step(learning_rate, step - self.skips.count, self.skips.limit)
         traffic = [mover.traffic for mover in transport.in_use()]
-        loss_value = float(loss)
-        # Reading the loss waited for the device: an operation that failed there is known by now.
-        for mover in transport.in_use():
-            mover.check()
         exposed, in_flight = sum(t.exposed for t in traffic), sum(t.in_flight for t in traffic)
-        return StepResult(
-            loss=loss_value,
-            grad_norm=grad_norm,
-            arithmetic=max(0.0, passes - added),
-            exposed=exposed,
-            overlap=None if in_flight <= 0 else max(0.0, 1.0 - exposed / in_flight),
-            notes=everyone,
-            skipped=self.skips.reason,
-        )
 
-    def _exchange(self, loss: Tensor, notes: Sequence[float]) -> tuple[Tensor, list[list[float]]]:
-        """The mean loss over the data-parallel ranks, added in rank order, and the notes of all ranks."""
-        everyone = torch.tensor([[0.0, *notes]], dtype=torch.float64, device=loss.device)
+        def read(numbers: list[float]) -> StepResult:
+            loss_value, grad_norm, *others = numbers
+            # What the device has come past by now: an operation that failed there is known.
+            for mover in transport.in_use():
+                mover.check()
+            if not self.skips.accepts(grad_norm):
+                _set_rng_states(rng)
+            width = len(others) // everyone.shape[0]
+            return StepResult(
+                loss=loss_value,
+                grad_norm=grad_norm,
+                arithmetic=max(0.0, passes - added),
+                exposed=exposed,
+                overlap=None if in_flight <= 0 else max(0.0, 1.0 - exposed / in_flight),
+                notes=[others[rank * width : (rank + 1) * width] for rank in range(everyone.shape[0])],
+                skipped=self.skips.reason,
+            )
+
+        numbers = torch.cat([torch.stack([loss.double(), norm]), everyone[:, 1:].flatten()])
+        self._latest = StepUnderWay(numbers, read)
+        if any(not torch.equal(now, then) for now, then in zip(_rng_states(), rng, strict=True)):
+            self._latest.result()
+        return self._latest
+
+    def _exchange(self, loss: Tensor, notes: Sequence[float]) -> tuple[Tensor, Tensor]:
+        """The mean loss over the data-parallel ranks, added in rank order, and each rank's loss and notes."""
+        everyone = torch.tensor([[0.0, *notes]], dtype=torch.float64)
+        if loss.is_cuda:  # from pinned memory, so that the host does not wait
+            everyone = everyone.pin_memory().to(loss.device, non_blocking=True)
         everyone[0, 0] = loss
         for dimension in (TENSOR, DATA):
             ranks = self.mesh[dimension]
@@ -103,7 +158,7 @@ class TrainStep:
         # Ranks are numbered with the tensor dimension innermost; each takes the losses of its own column.
         tensor = self.mesh[TENSOR]
         losses = everyone[tensor.get_local_rank() :: tensor.size(), 0].to(loss.dtype)
-        return losses.mean(), everyone[:, 1:].tolist()
+        return losses.mean(), everyone
 
 
 def _rng_states() -> list[Tensor]:

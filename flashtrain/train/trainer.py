@@ -3,6 +3,8 @@
 import contextlib
 import logging
 import os
+from collections import deque
+from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -39,13 +41,38 @@ from flashtrain.train.faults import Fault
 from flashtrain.train.optimizer import AdamW
 from flashtrain.train.settings import Checkpointing, Training
 from flashtrain.train.skips import SkipRule
-from flashtrain.train.step import Batch, StepResult, mean_over_data
+from flashtrain.train.step import Batch, StepResult, StepUnderWay, mean_over_data
 from flashtrain.train.stopping import StopRequest
 from flashtrain.train.stragglers import Stragglers
 from flashtrain.train.summary import Summary
 from flashtrain.train.watch import Watching, build_callbacks
 
 log = logging.getLogger("flashtrain.train")
+
+
+@dataclass(frozen=True)
+class _Begun:
+    """A step under way: when the host began with it, and the step whose times its notes have."""
+
+    step: int
+    rate: float
+    at: float
+    running: StepUnderWay
+    timed: int
+
+
+def _behind(device: torch.device) -> int:
+    """Steps whose results are unread while the next one runs: a GPU is not to wait for the host."""
+    return 1 if device.type == "cuda" else 0
+
+
+@contextlib.contextmanager
+def _named(step: int) -> Iterator[None]:
+    """Say which step a peer failed in."""
+    try:
+        yield
+    except TransportError as error:
+        raise TransportError(f"training step {step}: {error}") from error
 
 
 class Trainer:
@@ -100,12 +127,16 @@ class Trainer:
                     f"{source.tokenizer.vocab_size}"
                 )
             if self.train.document_mask:
+                for name in ("pairing", "layout"):
+                    if getattr(self.model, name) is not None:
+                        raise UserError(f"train.document_mask is true, but model.{name} knows no documents")
                 source.check_boundaries()
             source.samples(self.train.sequence, self.train.seed)
             source.held_out(self.train.sequence, 1)
 
     def __init__(self, config: Config, out: Path) -> None:
         self.config, self.out = replace(config, data=resolved(config.data)), Path(out)
+        self._read_at = 0.0  # when the latest result was read
 
     def run(self) -> None:
         """Train to the last step, going on from the latest checkpoint in ``out`` if there is one.
@@ -230,30 +261,33 @@ class Trainer:
     def _loop(self, first_step: int) -> tuple[list[StepMetrics], float]:
         train, every, callbacks = self.config.train, self.config.checkpoint.every, self.callbacks
         measured: list[StepMetrics] = []
+        under_way: deque[_Begun] = deque()
+        behind = _behind(self.device)
         held_out = self._evaluate() if first_step > train.steps else float("nan")
         for step in range(first_step, train.steps + 1):
             self.reached = step
             for callback in callbacks:
                 callback.before_step(step)
-            started = clock()
+            begun = clock()
             self.faults.before_step(step)
             rate = self.config.optimizer.learning_rate_at(step, train.steps)
-            try:
-                result = self.step(step, rate, self._batches(step), lambda: self._notes(measured))
-            except TransportError as error:
-                raise TransportError(f"training step {step}: {error}") from error
-            metrics = self._measure(step, rate, result, clock() - started)
-            measured.append(metrics)
-            for callback in callbacks:
-                callback.on_step(metrics)
-            self._watch(step, result)
+            with _named(step):
+                running = self.step.begin(step, rate, self._batches(step), lambda: self._notes(measured))
+            timed = measured[-1].step if measured else 0
+            under_way.append(_Begun(step, rate, begun, running, timed))
             last = step == train.steps
-            if last or (train.evaluate_every and step % train.evaluate_every == 0):
+            evaluates = last or (train.evaluate_every and step % train.evaluate_every == 0)
+            saves = last or (every and step % every == 0)
+            # The same on every rank, and so is which step's notes are known when.
+            wait = evaluates or saves or any(callback.waits_for(step) for callback in callbacks)
+            stopping = self._read(under_way, 0 if wait else behind, measured)
+            if stopping:
+                self._read(under_way, 0, measured)
+            if evaluates:
                 held_out = self._evaluate()
                 for callback in callbacks:
                     callback.on_evaluate(step, held_out)
-            stopping = [rank for rank, (_, stop, _) in enumerate(result.notes) if stop]
-            if stopping or last or (every and step % every == 0):
+            if stopping or saves:
                 self._save(step)
             if stopping and not last:
                 self._finish_save()
@@ -264,23 +298,42 @@ class Trainer:
         self._announce("end", train.steps)
         return measured, held_out
 
+    def _read(self, under_way: deque["_Begun"], leave: int, measured: list[StepMetrics]) -> list[int]:
+        """Report the steps under way but the last ``leave``; the ranks that were asked to stop by then."""
+        stopping: list[int] = []
+        while len(under_way) > leave:
+            begun = under_way.popleft()
+            with _named(begun.step):
+                result = begun.running.result()
+            now = clock()
+            # A step that was enqueued beside the one before runs from the end of that one.
+            seconds, self._read_at = now - max(begun.at, self._read_at), now
+            metrics = self._measure(begun.step, begun.rate, result, seconds)
+            measured.append(metrics)
+            for callback in self.callbacks:
+                callback.on_step(metrics)
+            self._watch(begun, result)
+            stopping += [rank for rank, (_, stop, _) in enumerate(result.notes) if stop]
+        return stopping
+
     def _notes(self, measured: list[StepMetrics]) -> tuple[float, bool, bool]:
-        """What this rank tells all others at each step: its own time for the step before, without waiting
-        for others, whether it was asked to stop, and whether its part of a save has failed.
+        """What this rank tells all others at each step: its own time for the last step that it has measured,
+        without waiting for others, whether it was asked to stop, and whether its part of a save has failed.
         """
         own_seconds = measured[-1].step_s - measured[-1].exposed_s if measured else 0.0
         return own_seconds, self.stop.requested, self.saver is not None and self.saver.failed
 
-    def _watch(self, step: int, result: StepResult) -> None:
-        """Tell what happened beside the arithmetic of ``step``; take in a save in the background."""
+    def _watch(self, begun: "_Begun", result: StepResult) -> None:
+        """Tell what happened beside the arithmetic of a step; take in a save in the background."""
+        step = begun.step
         if result.skipped is not None:
             self._announce("skipped_step", step, reason=result.skipped, total=self.skips.count)
         if dist.get_rank() == 0 and result.skipped is not None:
             log.warning("step %d made no update: the %s", step, result.skipped)
         own_seconds, _, lost = zip(*result.notes, strict=True)
-        # Times are those of the step before; the first step has none before it.
+        # Times are those of a step before; the first step has none before it.
         for late in self.stragglers.observe(own_seconds) if any(own_seconds) else ():
-            self._announce("straggler", step - 1, **asdict(late))
+            self._announce("straggler", begun.timed, **asdict(late))
             log.info("%s", late)
         if any(lost) or (self.saver is not None and self.saver.done):
             self._finish_save()
@@ -310,10 +363,13 @@ class Trainer:
 
     def _on_device(self, tokens: Tensor, targets: Tensor) -> Batch:
         """``[B, S]`` as the sampler gives it -> ``[S, B]`` as the model takes it."""
-        taken = tokens.t().contiguous().to(self.device), targets.t().contiguous().to(self.device)
+        taken = tokens.t().contiguous(), targets.t().contiguous()
+        if self.device.type == "cuda":  # from pinned memory, so that the host does not wait
+            taken = taken[0].pin_memory(), taken[1].pin_memory()
+        batch = taken[0].to(self.device, non_blocking=True), taken[1].to(self.device, non_blocking=True)
         if not self.config.train.document_mask:
-            return taken
-        return *taken, Documents.of(tokens, self.source.tokenizer.boundary, self.device)
+            return batch
+        return *batch, Documents.of(tokens, self.source.tokenizer.boundary, self.device)
 
     def _evaluation_batches(self, held_out: HeldOut) -> list[Batch]:
         """This data rank's share of the held-out windows, in batches of the training step's size."""

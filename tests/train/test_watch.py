@@ -207,14 +207,14 @@ def failing(folder: Path, monkeypatch: pytest.MonkeyPatch, error: BaseException)
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(ranks, "log_to_stderr", lambda: None)
-    real = step.TrainStep.__call__
+    real = step.TrainStep.begin
 
-    def strike(self: step.TrainStep, number: int, *rest: Any) -> step.StepResult:
+    def strike(self: step.TrainStep, number: int, *rest: Any) -> step.StepUnderWay:
         if number == 4:
             raise error
         return real(self, number, *rest)
 
-    monkeypatch.setattr(step.TrainStep, "__call__", strike)
+    monkeypatch.setattr(step.TrainStep, "begin", strike)
     words = command(folder / "run", write_text(folder / "text.txt"), parallel__tensor=1)[7:]
     with pytest.raises(type(error)):
         Trainer(config.resolve(recipes.demo(), overrides=words), folder / "run").run()

@@ -1,0 +1,209 @@
+"""AdamW over all tensors of a rank in one launch, and the norm of all gradients in another.
+
+A table on the device says where each tensor lies; a program looks up which block of which tensor is its own.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+BLOCK = 4096
+DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
+
+
+@triton.jit
+def pointer(address, DTYPE: tl.constexpr, ALIGNED: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What a table holds at ``address``, as a pointer."""
+    found = tl.load(address).to(tl.pointer_type(DTYPE))
+    if ALIGNED:
+        found = tl.multiple_of(found, 16)
+    return found
+
+
+@triton.jit
+def inside_of(offset, size, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def]
+    """Which elements exist; a whole block's all do, and its accesses are wide for knowing it."""
+    if WHOLE:
+        return tl.full(offset.shape, True, tl.int1)
+    return offset < size
+
+
+@triton.jit
+def square_of(address, begin, size, ALIGNED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    offset = begin + tl.arange(0, BLOCK)
+    inside = inside_of(offset, size, WHOLE)
+    values = tl.load(pointer(address, tl.float32, ALIGNED) + offset, mask=inside, other=0.0).to(tl.float64)
+    return tl.sum(values * values, axis=0)
+
+
+@triton.jit
+def squares_kernel(blocks, gradients, sizes, partial, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The squared norm of one block, in fp64: what fp32 cannot hold must not look like a norm."""
+    place = tl.program_id(0)
+    tensor = tl.load(blocks + 2 * place)
+    begin = tl.load(blocks + 2 * place + 1).to(tl.int64) * BLOCK
+    size = tl.load(sizes + tensor)
+    total = tl.full((), 0.0, tl.float64)
+    if tl.load(gradients + tensor) != 0:
+        if begin + BLOCK <= size:
+            total = square_of(gradients + tensor, begin, size, ALIGNED, True, BLOCK)
+        else:
+            total = square_of(gradients + tensor, begin, size, ALIGNED, False, BLOCK)
+    tl.store(partial + place, total)
+
+
+@triton.jit
+def update_block(  # type: ignore[no-untyped-def]
+    row,
+    address,
+    begin,
+    size,
+    factor,
+    step_size,
+    correction,
+    keep,
+    one_less_beta1,
+    beta2,
+    one_less_beta2,
+    epsilon,
+    DTYPE: tl.constexpr,
+    WRITES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    offset = begin + tl.arange(0, BLOCK)
+    inside = inside_of(offset, size, WHOLE)
+    masters = pointer(row, tl.float32, ALIGNED) + offset
+    means = pointer(row + 1, tl.float32, ALIGNED) + offset
+    variances = pointer(row + 2, tl.float32, ALIGNED) + offset
+    gradient = tl.load(pointer(address, tl.float32, ALIGNED) + offset, mask=inside, other=0.0)
+    master = tl.load(masters, mask=inside, other=0.0)
+    mean = tl.load(means, mask=inside, other=0.0)
+    variance = tl.load(variances, mask=inside, other=0.0)
+    gradient *= factor
+    master *= tl.where(tl.load(row + 4) != 0, keep, 1.0)
+    mean += one_less_beta1 * (gradient - mean)
+    variance = beta2 * variance + one_less_beta2 * gradient * gradient
+    root = tl.div_rn(tl.sqrt_rn(variance), tl.zeros_like(variance) + correction) + epsilon
+    master -= step_size * tl.div_rn(mean, root)
+    tl.store(masters, master, mask=inside)
+    tl.store(means, mean, mask=inside)
+    tl.store(variances, variance, mask=inside)
+    if WRITES:
+        tl.store(pointer(row + 3, DTYPE, ALIGNED) + offset, master.to(DTYPE), mask=inside)
+
+
+@triton.jit
+def update_kernel(  # type: ignore[no-untyped-def]
+    blocks,
+    tensors,
+    gradients,
+    sizes,
+    factor,
+    accepted,
+    step_size,
+    correction,
+    keep,
+    one_less_beta1,
+    beta2,
+    one_less_beta2,
+    epsilon,
+    DTYPE: tl.constexpr,
+    WRITES: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
+    """One block of one tensor, if the step is accepted and the tensor has a gradient."""
+    place = tl.program_id(0)
+    tensor = tl.load(blocks + 2 * place)
+    if (tl.load(accepted) != 0) & (tl.load(gradients + tensor) != 0):
+        begin = tl.load(blocks + 2 * place + 1).to(tl.int64) * BLOCK
+        size = tl.load(sizes + tensor)
+        row = tensors + 5 * tensor
+        address = gradients + tensor
+        by = tl.load(factor)
+        if begin + BLOCK <= size:
+            update_block(
+                row,
+                address,
+                begin,
+                size,
+                by,
+                step_size,
+                correction,
+                keep,
+                one_less_beta1,
+                beta2,
+                one_less_beta2,
+                epsilon,
+                DTYPE,
+                WRITES,
+                ALIGNED,
+                True,
+                BLOCK,
+            )
+        else:
+            update_block(
+                row,
+                address,
+                begin,
+                size,
+                by,
+                step_size,
+                correction,
+                keep,
+                one_less_beta1,
+                beta2,
+                one_less_beta2,
+                epsilon,
+                DTYPE,
+                WRITES,
+                ALIGNED,
+                False,
+                BLOCK,
+            )
+
+
+def squares(blocks: Tensor, gradients: Tensor, sizes: Tensor, aligned: bool) -> Tensor:
+    """Squared norms of the gradients' blocks ``[blocks]``, in fp64."""
+    partial = torch.empty(blocks.shape[0], dtype=torch.float64, device=blocks.device)
+    if blocks.shape[0]:
+        squares_kernel[(blocks.shape[0],)](
+            blocks, gradients, sizes, partial, ALIGNED=aligned, BLOCK=BLOCK, num_warps=8
+        )
+    return partial
+
+
+def update(
+    blocks: Tensor,
+    tensors: Tensor,
+    gradients: Tensor,
+    sizes: Tensor,
+    factor: Tensor,
+    accepted: Tensor,
+    scalars: tuple[float, ...],
+    dtype: torch.dtype,
+    aligned: bool,
+) -> None:
+    """Update the tensors of ``blocks [n, 2]`` (tensor, block of it), whose weights have ``dtype``.
+
+    ``tensors [T, 5]`` has the addresses of master, mean, variance and weight, and whether the tensor decays;
+    ``gradients [T]`` the addresses of gradients, 0 where there is none; ``sizes [T]`` elements.
+    """
+    if blocks.shape[0]:
+        update_kernel[(blocks.shape[0],)](
+            blocks,
+            tensors,
+            gradients,
+            sizes,
+            factor,
+            accepted,
+            *scalars,
+            DTYPE=DTYPES[dtype],
+            WRITES=dtype != torch.float32,
+            ALIGNED=aligned,
+            BLOCK=BLOCK,
+            num_warps=8,
+        )

@@ -1,0 +1,129 @@
+"""Weight gradients of narrow parameters add up in fp32, whatever the mesh, and stay as they are elsewhere."""
+
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+from torch.nn.functional import linear
+from torch.profiler import profile
+
+from flashtrain.data import Corpus
+from flashtrain.kernels.weight_gradient import WeightGradient
+from flashtrain.models.decoder import Decoder
+from flashtrain.nn.linear import Linear
+from flashtrain.parallel.mesh import Degrees
+from flashtrain.train.settings import Training
+from flashtrain.train.trainer import Trainer
+from tests.distributed import run_distributed
+from tests.train.runs import write_text
+from tests.train.test_skips import _trainer
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+def test_products_and_gradients_add_up(dtype: torch.dtype, poisoned_memory: None) -> None:
+    a, b, c = (torch.randn(8, 8, generator=torch.Generator().manual_seed(n)).to(dtype) for n in range(3))
+    total = WeightGradient(c)
+    for times in (1, 2):  # what is left of the last step does not count
+        total.clear()
+        total.add_product(a.t(), b)
+        total.add(c)
+        total.add_product(a.t(), b)
+        total.add(c, torch.tensor(0.5))
+        wanted = 2 * a.double().t() @ b.double() + 1.5 * c.double()
+        assert total.total.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
+        torch.testing.assert_close(total.total.double(), wanted, rtol=1e-5, atol=1e-5, msg=f"step {times}")
+
+
+@pytest.mark.parametrize("bias", [False, True])
+def test_the_layer_is_torchs_but_for_its_weights_gradient(bias: bool) -> None:
+    torch.manual_seed(0)
+    plain = torch.nn.Linear(24, 40, bias=bias, dtype=torch.bfloat16)
+    x = torch.randn(6, 3, 24, dtype=torch.bfloat16, requires_grad=True)
+    dy = torch.randn(6, 3, 40, dtype=torch.bfloat16)
+    wanted = plain(x)
+    gradients = torch.autograd.grad(wanted, [x, *plain.parameters()], dy)
+    plain.__class__ = Linear
+    main = plain.weight.main_grad = WeightGradient(plain.weight)
+    found = plain(x)
+    found.backward(dy)
+    assert torch.equal(found, wanted)
+    assert x.grad is not None
+    assert torch.equal(x.grad, gradients[0])
+    assert plain.weight.grad is None
+    true = dy.flatten(0, 1).double().t() @ x.detach().flatten(0, 1).double()
+    torch.testing.assert_close(main.total.double(), true, rtol=1e-5, atol=1e-5)
+    if bias:
+        assert plain.bias.grad is not None
+        assert torch.equal(plain.bias.grad, gradients[2])
+    with torch.no_grad():
+        assert torch.equal(plain(x), linear(x, plain.weight, plain.bias))
+
+
+def _config(
+    text: Path, tensor: int, data: int, dtype: str = "bfloat16", tied: bool = False
+) -> Trainer.Config:
+    return Trainer.Config(
+        model=Decoder.Config(
+            hidden=64, layers=2, heads=8, kv_heads=4, mlp_width=256, qkv_bias=True, tied_embeddings=tied
+        ),
+        data=Corpus.Config(source=str(text)),
+        train=Training(batch=4, sequence=32, evaluation_windows=8, dtype=dtype),  # type: ignore[arg-type]
+        parallel=Degrees(tensor=tensor, data=data),
+    )
+
+
+def _gradients(trainer: Trainer, passes: int) -> dict[str, Tensor]:
+    """The gradients of ``passes`` backward passes over one batch, whole, in the order of the parameters."""
+    for _ in range(passes):
+        for tokens, targets in trainer._batches(1):
+            trainer.model(tokens, targets).backward()
+        trainer.optimizer.accumulate()
+    whole = {}
+    for name, gradient in trainer.optimizer.gradients.items():
+        parameter = trainer.optimizer.parameters[name]
+        sharded = isinstance(parameter, DTensor)
+        whole[name] = trainer.optimizer._like(parameter, gradient).full_tensor() if sharded else gradient
+    return whole
+
+
+def _compared(rank: int, world: int, config: Trainer.Config, out: Path) -> dict[str, float]:
+    """How far each weight's gradient is from that of the same run whose gradients go through bf16."""
+    trainer, other = _trainer(config, out), _trainer(config, out)
+    for parameter in other.optimizer.parameters.values():
+        del parameter.main_grad  # type: ignore[attr-defined]
+    other.optimizer._main = {}
+    found, wanted = _gradients(trainer, 2), _gradients(other, 2)
+    assert all(parameter.grad is None for parameter in trainer.optimizer.parameters.values())
+    fine = {name: g for name, g in found.items() if not torch.equal(g, g.bfloat16().float())}
+    matrices = {
+        n for n, p in trainer.optimizer.parameters.items() if p.dim() == 2 and n != "embedding.weight"
+    }
+    assert matrices <= fine.keys(), "a weight's gradient was rounded to bf16"
+    again = _trainer(config, out)
+    with profile():
+        traced = _gradients(again, 2)
+    assert all(torch.equal(g, traced[name]) for name, g in found.items()), "other bits where a profiler runs"
+    return {name: float((g - wanted[name]).norm() / wanted[name].norm()) for name, g in found.items()}
+
+
+@pytest.mark.parametrize(("tensor", "tied"), [(1, False), (1, True), (2, False), (2, True)])
+def test_gradients_go_past_bf16(tmp_path: Path, tensor: int, tied: bool) -> None:
+    config = _config(write_text(tmp_path / "text.txt"), tensor, 1, tied=tied)
+    for far in run_distributed(_compared, tensor, config, tmp_path):
+        assert max(far.values()) < 4e-3, far
+        assert far["head.weight" if not tied else "embedding.weight"] > 0
+
+
+def _given(rank: int, world: int, config: Trainer.Config, out: Path) -> int:
+    trainer = _trainer(config, out)
+    result = trainer.step(1, 1e-3, trainer._batches(1))
+    assert result.skipped is None
+    return sum(hasattr(parameter, "main_grad") for parameter in trainer.model.parameters())
+
+
+def test_fp32_and_what_fsdp_reduces_have_none(tmp_path: Path) -> None:
+    text = write_text(tmp_path / "text.txt")
+    assert run_distributed(_given, 1, _config(text, 1, 1, "float32"), tmp_path) == [0]
+    assert run_distributed(_given, 2, _config(text, 1, 2), tmp_path) == [0, 0]
