@@ -118,6 +118,9 @@ class Trainer:
             self.skip.validate()
             self.stragglers.validate()
             faults.validate(self.faults, self.parallel.world)
+            for name in ("pairing", "layout"):
+                if self.train.document_mask and getattr(self.model, name) is not None:
+                    raise UserError(f"train.document_mask is true, but model.{name} knows no documents")
             if not data:
                 return
             source = open_source(self.data)
@@ -127,9 +130,6 @@ class Trainer:
                     f"{source.tokenizer.vocab_size}"
                 )
             if self.train.document_mask:
-                for name in ("pairing", "layout"):
-                    if getattr(self.model, name) is not None:
-                        raise UserError(f"train.document_mask is true, but model.{name} knows no documents")
                 source.check_boundaries()
             source.samples(self.train.sequence, self.train.seed)
             source.held_out(self.train.sequence, 1)
