@@ -15,6 +15,7 @@ from flashtrain.nn.mlp import PACKING, SwiGLU
 from flashtrain.nn.norm import RMSNorm
 from flashtrain.nn.pairing import Order, Pairing
 from flashtrain.nn.rotary import Llama3Scaling, rotary_table
+from flashtrain.nn.shared_attention import Sharing, make_switchable, switch
 
 
 class Past(NamedTuple):
@@ -36,7 +37,9 @@ class Decoder(nn.Module):
         """``mlp_width`` is a multiple of 64; ``kv_heads`` divides ``heads``, and ``heads`` ``hidden``.
 
         ``tied_embeddings``: the output projection is the embedding's table. ``pairing``: which query head
-        meets which KV head, by name or as a list (see ``Pairing.named``), in place of ``kv_heads``.
+        meets which KV head, by name or as a list (see ``Pairing.named``), in place of ``kv_heads``. ``sharing``:
+        layers that may take over queries and keys, or keys and values, of others; weights at the start are
+        those without it.
         """
 
         vocabulary: int = 256
@@ -52,6 +55,7 @@ class Decoder(nn.Module):
         tied_embeddings: bool = False
         pairing: str | None = None
         pair_order: Order = "j_major"
+        sharing: Sharing | None = None
 
         @property
         def head_dim(self) -> int:
@@ -81,6 +85,10 @@ class Decoder(nn.Module):
                     f"model.hidden / model.heads is {self.head_dim}; rotary positions need it even"
                 )
             self._validate_positions()
+            if self.sharing is not None:
+                if self.pairing is not None:
+                    raise UserError("layers with model.pairing cannot share: leave out model.sharing")
+                self.sharing.validate(self.layers)
             for name, parts in (
                 ("model.kv_heads", self.kv_heads) if self.pairing is None else ("model.heads", self.heads),
                 ("model.vocabulary", self.vocabulary),
@@ -115,6 +123,8 @@ class Decoder(nn.Module):
             self.head.weight = self.embedding.weight
         self.loss = CrossEntropy()
         self._initialise(generator)
+        if config.sharing is not None:
+            make_switchable(self._mixers(), config.sharing)
 
     def _initialise(self, generator: torch.Generator | None) -> None:
         # N(0, 2 / (5 hidden)) (arXiv 1910.05895, section 2.2), which fits wide and narrow models; the two
@@ -136,6 +146,18 @@ class Decoder(nn.Module):
         )
         mlp = SwiGLU(config.hidden, config.mlp_width)
         return Block(attention, mlp, config.hidden, config.norm_epsilon)
+
+    def _mixers(self) -> list[nn.Module]:
+        return [layer.get_submodule("attention") for layer in self.layers]
+
+    def share(self, count: int) -> None:
+        """Let the last ``count`` of ``config.sharing``'s targets share from now on, and the others not.
+
+        Weights stay. Raises UserError if the model was not made to share, or has fewer targets.
+        """
+        if self.config.sharing is None:
+            raise UserError("layers of this model cannot share: it was made without model.sharing")
+        switch(self._mixers(), self.config.sharing, count)
 
     def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
         """``tokens [S, B]`` -> logits ``[S, B, V]``, or with ``targets [S, B]`` the mean loss in nats."""

@@ -21,6 +21,11 @@ def decoder_plan(rows: tensor.Rows) -> dict[str, ParallelStyle]:
         "embedding": tensor.VocabularyParallel(rows),
         "layers.*.attention_norm": tensor.SequenceParallel(rows),
         "layers.*.attention.qkv": HeadParallel(rows),
+        # Where queries and keys, or keys and values, may be those of another layer.
+        "layers.*.attention.qk": tensor.ColumnParallelPacked(rows),
+        "layers.*.attention.v": tensor.ColumnParallel(rows),
+        "layers.*.attention.kv": tensor.ColumnParallelPacked(rows),
+        "layers.*.attention.q": tensor.ColumnParallel(rows),
         "layers.*.attention.out": tensor.RowParallel(rows),
         "layers.*.mlp_norm": tensor.SequenceParallel(rows),
         "layers.*.mlp.gate_up": tensor.ColumnParallel(rows),
@@ -29,6 +34,10 @@ def decoder_plan(rows: tensor.Rows) -> dict[str, ParallelStyle]:
         "head": tensor.ColumnParallel(rows),
         "loss": tensor.VocabularyParallelLoss(rows),
     }
+
+
+# What a layer may do without, so that it is gathered by itself, where it is called.
+_APART = ("layers.*.attention.qk", "layers.*.attention.kv")
 
 
 def parallelize(
@@ -41,7 +50,8 @@ def parallelize(
 
     Every rank must hold the same parameters. ``plan`` maps module names to styles (default: a decoder
     with the names of ``decoder_plan``); ``model(tokens [S, B], ...)`` takes its tokens first. ``units``
-    are the blocks that data parallelism gathers one at a time (default: ``model.layers``). A dimension
+    are the blocks that data parallelism gathers one at a time, inner ones first (default: ``model.layers``,
+    without projections that a layer may do without, which are units of their own). A dimension
     of degree 1 changes nothing. Raises UserError for a plan that does not fit the model.
     """
     names = mesh.mesh_dim_names or ()
@@ -60,10 +70,13 @@ def parallelize(
 
         model.register_forward_pre_hook(note_rows)
     if DATA in names and mesh[DATA].size() > 1:
-        data.shard(
-            model, list(model.get_submodule("layers").children()) if units is None else units, mesh[DATA]
-        )
+        data.shard(model, _units(model) if units is None else units, mesh[DATA])
     return model
+
+
+def _units(model: nn.Module) -> list[nn.Module]:
+    apart = [model.get_submodule(name) for pattern in _APART for name in _named(model, pattern)]
+    return [*apart, *model.get_submodule("layers").children()]
 
 
 def _shared_parameters(model: nn.Module) -> list[list[str]]:

@@ -12,6 +12,7 @@ not sharded (norm weights, row biases) sees this rank's rows only: after the bac
 must be summed over the group, see ``flashtrain.parallel.apply.sum_replicated_gradients``.
 """
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 from torch import Tensor, nn
@@ -60,11 +61,13 @@ class ColumnParallelLinear(_OverTensorGroup, nn.Linear):
     """``y [S, B, N/W] = AG(x_shard [S/W, B, K]) · w_shard [N/W, K]ᵀ + b_shard``."""
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._product(x, *self._operands())
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         total = self.rows.total if self.rows is not None else None
         flat = x.reshape(-1, x.shape[-1])
         keep = transport.settings().keep_gather
         # The gathered input is wanted by the weight gradient alone, if that does not gather it again.
-        weight, bias = self._operands()
         y, _ = ops.all_gather_matmul(flat, weight, self.group, self.site, total, keep, keep)
         if bias is not None:
             y = y + bias
@@ -72,6 +75,16 @@ class ColumnParallelLinear(_OverTensorGroup, nn.Linear):
 
     def _operands(self) -> tuple[Tensor, Tensor | None]:
         return _local(self.weight), None if self.bias is None else _local(self.bias)
+
+
+class ColumnParallelPackedLinear(ColumnParallelLinear):
+    """A column-parallel layer that is one product with another: ``pack`` makes one weight of both shards."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, other: nn.Linear, pack: Callable[[Tensor, Tensor], Tensor]
+    ) -> Tensor:
+        bias = None if self.bias is None else pack(_local(self.bias), _local(other.bias))
+        return self._product(x, pack(_local(self.weight), _local(other.weight)), bias)
 
 
 class RowParallelLinear(_OverTensorGroup, nn.Linear):
@@ -151,6 +164,14 @@ class ColumnParallel(_Style):
         return self._convert(module, nn.Linear, ColumnParallelLinear, device_mesh, shards)
 
 
+class ColumnParallelPacked(_Style):
+    """As ``ColumnParallel``, for a layer that is called ``layer(x, other, pack)`` with one of that style."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        shards = {"weight": 0, "bias": 0}
+        return self._convert(module, nn.Linear, ColumnParallelPackedLinear, device_mesh, shards)
+
+
 class RowParallel(_Style):
     """Shard an ``nn.Linear`` by input features; its output is sharded by rows. The bias is replicated."""
 
@@ -181,6 +202,7 @@ class SequenceParallel(_Style):
 
 __all__ = [
     "ColumnParallel",
+    "ColumnParallelPacked",
     "RowParallel",
     "Rows",
     "SequenceParallel",

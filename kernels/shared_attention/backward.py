@@ -218,54 +218,58 @@ def key_gradient_kernel(  # type: ignore[no-untyped-def]
     pair = first_pair + tl.program_id(1)
     kv_head = (pair % kv_heads).to(tl.int64)
     batch = (pair // kv_heads).to(tl.int64)
-    column = block * BN + tl.arange(0, BN)
+    # Scalars in 64 bits move the pointers; offsets inside a tile are 32 bits, or each element's address would
+    # take two registers of its own.
+    start = tl.cast(block * BN, tl.int64)
+    column = tl.arange(0, BN)
     local = tl.arange(0, BM)
     width = tl.arange(0, D)
-    ahead = (column < sequence)[:, None]
-    far = column.to(tl.int64)[:, None]
-    k += batch * k_batch + kv_head * k_head
-    v += batch * v_batch + kv_head * v_head
-    values += batch * c_batch + kv_head * c_head
-    keys = tl.load(k + far * k_time + width[None, :], mask=ahead, other=0.0)
-    own = tl.load(v + far * v_time + width[None, :], mask=ahead, other=0.0)
-    v_tile = values + far * c_time + width[None, :]
-    out = (batch * kv_heads + kv_head) * sequence * D + far * D + width[None, :]
+    ahead = (block * BN + column < sequence)[:, None]
+    k += batch * k_batch + kv_head * k_head + start * k_time
+    v += batch * v_batch + kv_head * v_head + start * v_time
+    values += batch * c_batch + kv_head * c_head + start * c_time
+    keys = tl.load(k + (column[:, None] * k_time + width[None, :]), mask=ahead, other=0.0)
+    own = tl.load(v + (column[:, None] * v_time + width[None, :]), mask=ahead, other=0.0)
+    v_tile = column[:, None] * c_time + width[None, :]
+    s_tile = local[:, None] * s_time + width[None, :]
+    q_tile = local[:, None] * q_time + width[None, :]
+    tile = column[:, None] * BM + local[None, :]
+    shift = (batch * kv_heads + kv_head) * sequence * D + start * D
+    dk += shift
+    dv += shift
     if ADD:
-        d_keys = tl.load(dk + out, mask=ahead, other=0.0)
-        d_values = tl.load(dv + out, mask=ahead, other=0.0)
+        d_keys = tl.load(dk + (column[:, None] * D + width[None, :]), mask=ahead, other=0.0)
+        d_values = tl.load(dv + (column[:, None] * D + width[None, :]), mask=ahead, other=0.0)
     else:
         d_keys = tl.zeros((BN, D), dtype=tl.float32)
         d_values = tl.zeros((BN, D), dtype=tl.float32)
     rows = tl.cdiv(sequence, BM)
     stored = tl.cast(tiles_before(tl.cdiv(sequence, BN), rows, RATIO=BN // BM), tl.int64)
     before = tiles_before(block, rows, RATIO=BN // BM)
-    tile = tl.arange(0, BN)[:, None] * BM + local[None, :]
     for member in range(members):
         head = kv_head * group + first_member + member
-        q_here = q + batch * q_batch + head * q_head
-        s_here = batch * s_batch + head * s_head
         line = (batch * heads + head) * sequence
         kept = scores_out + ((tl.program_id(1) * members + member) * stored + before) * (BM * BN)
         for row in range(block * (BN // BM), rows):
             at = tl.cast(row * BM, tl.int64)
-            place = row * BM + local
-            inside = place < sequence
-            s_tile = s_here + at * s_time + local[:, None] * s_time + width[None, :]
-            d_output = tl.load(slope + s_tile, mask=inside[:, None], other=0.0)
+            s_here = batch * s_batch + head * s_head + at * s_time
+            inside = row * BM + local < sequence
             queries = tl.load(
-                q_here + at * q_time + local[:, None] * q_time + width[None, :],
-                mask=inside[:, None],
-                other=0.0,
+                q + (batch * q_batch + head * q_head + at * q_time) + q_tile, mask=inside[:, None], other=0.0
             )
-            top = tl.load(lse + line + place, mask=inside, other=float("inf")) * LOG2E
-            sum_here = tl.load(sums + line + place, mask=inside, other=0.0)
+            d_output = tl.load(slope + s_here + s_tile, mask=inside[:, None], other=0.0)
+            top = tl.load(lse + (line + at) + local, mask=inside, other=float("inf")) * LOG2E
+            scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale
+            shares = tl.exp2(scores - top[None, :])
+            shares = tl.where((block * BN + column)[:, None] <= (row * BM + local)[None, :], shares, 0.0)
+            d_values = tl.dot(shares.to(d_output.dtype), d_output, d_values, input_precision=PRECISION)
             inner = tl.dot(own, tl.trans(d_output), input_precision=PRECISION)
             # A layer's place is read a turn ahead of its tiles.
             d_place = tl.load(places)
             v_place = tl.load(places + 1)
             for c in tl.range(count, num_stages=STAGES):
-                d_here = slopes + tl.multiple_of(d_place, 8) + s_tile
-                v_here = v_tile + tl.multiple_of(v_place, 8)
+                d_here = tl.multiple_of(slopes + (s_here + d_place), 16) + s_tile
+                v_here = tl.multiple_of(values + v_place, 16) + v_tile
                 if EVEN:
                     theirs = tl.load(d_here)
                     their_values = tl.load(v_here)
@@ -276,18 +280,15 @@ def key_gradient_kernel(  # type: ignore[no-untyped-def]
                 d_place = tl.load(places + following)
                 v_place = tl.load(places + following + 1)
                 inner = tl.dot(their_values, tl.trans(theirs), inner, input_precision=PRECISION)
-            scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale
-            shares = tl.exp2(scores - top[None, :])
-            shares = tl.where(column[:, None] <= place[None, :], shares, 0.0)
-            d_values = tl.dot(shares.to(d_output.dtype), d_output, d_values, input_precision=PRECISION)
+            sum_here = tl.load(sums + (line + at) + local, mask=inside, other=0.0)
             d_scores = (shares * (inner - sum_here[None, :])).to(queries.dtype)
-            spot = tl.cast(row - block * (BN // BM), tl.int64) * (BM * BN)
-            tl.store(kept + spot + tile, d_scores)
+            tl.store(kept + tl.cast(row - block * (BN // BM), tl.int64) * (BM * BN) + tile, d_scores)
             d_keys = tl.dot(d_scores, queries, d_keys, input_precision=PRECISION)
     if first_member + members == group:
         d_keys *= sigma
-    tl.store(dk + out, d_keys.to(dk.dtype.element_ty), mask=ahead)
-    tl.store(dv + out, d_values.to(dv.dtype.element_ty), mask=ahead)
+    place = column[:, None] * D + width[None, :]
+    tl.store(dk + place, d_keys.to(dk.dtype.element_ty), mask=ahead)
+    tl.store(dv + place, d_values.to(dv.dtype.element_ty), mask=ahead)
 
 
 @triton.jit(do_not_specialize=["first_pair", "first_member"])
