@@ -12,10 +12,10 @@ from torch import Tensor, nn
 from torch.nn.functional import linear
 
 from flashtrain.errors import UserError
+from flashtrain.kernels.rotary.op import rotary_qkv
 from flashtrain.nn.attend import Heads, attend
 from flashtrain.nn.attention import Attention, KeyValues
 from flashtrain.nn.region import Region, Share, merged, region
-from flashtrain.nn.rotary import rotate
 
 PREDECESSOR, INTERVAL = "region_predecessor", "interval:"
 
@@ -198,9 +198,7 @@ class SwitchableAttention(SourceAttention):
         first, second = sorted(self._names, key="q qk v kv".split().index)
         cut = self._slots(first)
         pair = apart[:, :cut], apart[:, cut:]
-        return {
-            name: rows.flatten(0, 2).clone() for name, rows in zip((first, second), pair, strict=True)
-        }
+        return {name: rows.flatten(0, 2).clone() for name, rows in zip((first, second), pair, strict=True)}
 
     def qkv(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """``x [..., hidden]`` -> the packed heads of all three, in one product."""
@@ -245,9 +243,10 @@ class SwitchableAttention(SourceAttention):
         """The heads ``[B, heads, S, D]`` that a sharing layer computes: values, or queries, rotated."""
         sequence, name = rotary.shape[1], self._names[1]
         flat = self.get_submodule(name)(x)
-        batch = flat.numel() // flat.shape[-1] // sequence
-        own = flat.view(sequence, batch, -1, self.head_dim).permute(1, 2, 0, 3)
-        return own if name == "v" else rotate(own, rotary)
+        batch, heads = flat.numel() // flat.shape[-1] // sequence, flat.shape[-1] // self.head_dim
+        if name == "q":
+            return rotary_qkv(flat.view(sequence, batch, -1), rotary, heads, 1, 0, 0)[0]
+        return flat.view(sequence, batch, heads, self.head_dim).permute(1, 2, 0, 3)
 
     def flops_per_token(self, sequence: int) -> float:
         """See ``Attention.flops_per_token``; a projection that is not used has none."""
@@ -263,9 +262,7 @@ def make_switchable(attentions: Sequence[nn.Module], config: Sharing) -> None:
     """
     layers, handover = len(attentions), Handover(config)
     targets = config.targets_of(layers)
-    sources = {
-        source for count in range(len(targets) + 1) for source in config.sources(layers, count)
-    }
+    sources = {source for count in range(len(targets) + 1) for source in config.sources(layers, count)}
     for layer, attention in enumerate(attentions):
         kind = SwitchableAttention if layer in targets else SourceAttention if layer in sources else None
         if kind is None:
@@ -288,5 +285,3 @@ def switch(attentions: Sequence[nn.Module], config: Sharing, count: int) -> None
             attention.is_last = users[-1] == layer
             attention.handover.regions.clear()
             attention.handover.heads.clear()
-
-

@@ -334,9 +334,7 @@ def query_gradient_kernel(  # type: ignore[no-untyped-def]
         d_scores = tl.load(scores + tl.cast(spot, tl.int64) * (BM * BN) + tile)
         ahead = (block * BN + column < sequence)[:, None]
         far = tl.cast(block * BN, tl.int64)
-        keys = tl.load(
-            k + far * k_time + column[:, None] * k_time + width[None, :], mask=ahead, other=0.0
-        )
+        keys = tl.load(k + far * k_time + column[:, None] * k_time + width[None, :], mask=ahead, other=0.0)
         total = tl.dot(d_scores, keys, total, input_precision=PRECISION)
     place = row * BM + local
     out = ((batch * heads + head) * sequence + place.to(tl.int64)) * D

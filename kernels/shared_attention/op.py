@@ -106,5 +106,3 @@ class _Sharing(Function):
             region.slopes.append(slope)
             region.values.append(value)
         return None, (_kernels(query) or reference).value_gradient(query, key, lse, slope)
-
-
