@@ -81,10 +81,11 @@ class _Source(Function):
     def forward(ctx: Any, region: LayerByLayer, *heads: Tensor) -> Tensor:
         ctx.region = region
         ctx.graph = _graph(Heads(*heads), (True, True, True))
-        return ctx.graph[0].detach()  # type: ignore[no-any-return]
+        output: Tensor = ctx.graph[0].detach()
+        return output
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         gradients, region = _gradients(ctx, slope)
         if region.sums:
             first = 0 if region.share == "QK" else 1
@@ -104,10 +105,11 @@ class _Sharing(Function):
         shared = region.follow
         wanted = (shared, shared, True) if region.share == "QK" else (True, shared, shared)
         ctx.graph = _graph(merged(region.share, own, region.heads), wanted)
-        return ctx.graph[0].detach()  # type: ignore[no-any-return]
+        output: Tensor = ctx.graph[0].detach()
+        return output
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, slope: Tensor) -> tuple[None, Tensor]:
         gradients, region = _gradients(ctx, slope)
         if not region.follow:
             return None, gradients[0]

@@ -1,11 +1,12 @@
 """Attention whose queries and keys, or keys and values, may be those of an earlier layer.
 
-QK is EPAS (arXiv 2601.19089). KV is our reconstruction of ECHO-LLaMA (arXiv 2505.17331), of which neither code
-nor tables are public; with other maps it is CLA (arXiv 2405.12981) or YOCO's second half (arXiv 2405.05254).
+QK is EPAS (arXiv 2601.19089). KV is our reconstruction of ECHO-LLaMA (arXiv 2505.17331), of which neither
+code nor tables are public; by its map it is also CLA (arXiv 2405.12981) or like YOCO (arXiv 2405.05254).
 """
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import cast
 
 import torch
 from torch import Tensor, nn
@@ -57,7 +58,7 @@ class Sharing:
             for one, after in zip(targets, (*targets[1:], layers), strict=True):
                 if not 1 <= one < after:
                     raise UserError(
-                        f"model.sharing.targets has layer {one}; they must ascend and lie in 1 to {layers - 1}"
+                        f"model.sharing.targets has layer {one}; they must ascend, from 1 to {layers - 1}"
                     )
             return
         if self.targets:
@@ -118,7 +119,7 @@ class PackedLinear(nn.Linear):
     Pack = Callable[[Tensor, Tensor], Tensor]
 
     def forward(self, x: Tensor, other: nn.Linear, pack: Pack) -> Tensor:  # type: ignore[override]
-        """``x [..., hidden]`` -> ``[..., rows]`` by the rows that ``pack`` makes of its own and the other's."""
+        """``x [..., hidden]`` -> ``[..., rows]``, by what ``pack`` makes of both layers' weights."""
         bias = None if self.bias is None else pack(self.bias, other.bias)
         return linear(x, pack(self.weight, other.weight), bias)
 
@@ -175,43 +176,45 @@ class SwitchableAttention(SourceAttention):
     ``qkv``, formed for it, so that a layer that computes its own heads is the plain one to the bit.
     """
 
+    names: tuple[str, str]  # of the projection that is not used when sharing, and of the other one
+
     def become(self, handover: Handover, layer: int) -> None:
         """See ``SourceAttention.become``; cuts the packed projection in two."""
         super().become(handover, layer)
-        packed, out = (self._modules.pop(name) for name in ("qkv", "out"))  # their order stays
+        packed, out = (self._modules.pop(name) for name in ("qkv", "out"))  # both, for the parameters' order
         assert isinstance(packed, nn.Linear)
-        self._names = ("qk", "v") if handover.config.share == "QK" else ("kv", "q")
-        hidden, bias = packed.in_features, packed.bias is not None
-        kv_heads = packed.out_features // ((self.group + 2) * self.head_dim)
-        for name, kind in zip(self._names, (PackedLinear, nn.Linear), strict=True):
-            rows = kv_heads * self._slots(name) * self.head_dim
-            made = kind(hidden, rows, bias=bias, device="meta", dtype=packed.weight.dtype)
-            setattr(self, name, made)
-        for kind, parameter in packed.named_parameters():
-            for name, piece in self.pieces(parameter.detach()).items():
-                setattr(self.get_submodule(name), kind, nn.Parameter(piece))
-        self.out = out
+        self.names = ("qk", "v") if handover.config.share == "QK" else ("kv", "q")
+        biases = None if packed.bias is None else self.pieces(packed.bias.detach())
+        for name, weight in self.pieces(packed.weight.detach()).items():
+            kind = PackedLinear if name == self.names[0] else nn.Linear
+            made = kind(packed.in_features, len(weight), bias=biases is not None, device="meta")
+            made.weight = nn.Parameter(weight)
+            if biases is not None:
+                made.bias = nn.Parameter(biases[name])
+            self.add_module(name, made)
+        self.add_module("out", out)
 
     def pieces(self, packed: Tensor) -> dict[str, Tensor]:
-        """Rows ``[kv heads · (group + 2) · head_dim, ...]`` of ``qkv`` -> rows of each own projection."""
+        """Rows ``[kv heads · (group + 2) · head_dim, ...]`` of ``qkv`` -> those of each own projection."""
         apart = packed.unflatten(0, (-1, self.group + 2, self.head_dim))
-        first, second = sorted(self._names, key="q qk v kv".split().index)
+        first, second = self.names if self.names[0] == "qk" else reversed(self.names)
         cut = self._slots(first)
-        pair = apart[:, :cut], apart[:, cut:]
-        return {name: rows.flatten(0, 2).clone() for name, rows in zip((first, second), pair, strict=True)}
+        pair = {first: apart[:, :cut], second: apart[:, cut:]}
+        return {name: rows.flatten(0, 2).clone() for name, rows in pair.items()}
 
     def qkv(self, x: Tensor) -> Tensor:  # type: ignore[override]
         """``x [..., hidden]`` -> the packed heads of all three, in one product."""
-        unused, kept = (self.get_submodule(name) for name in self._names)
-        return unused(x, kept, self._pack)  # type: ignore[no-any-return]
+        unused, kept = (self.get_submodule(name) for name in self.names)
+        packed: Tensor = unused(x, kept, self._pack)
+        return packed
 
     def _pack(self, unused: Tensor, kept: Tensor) -> Tensor:
         """Rows of both projections, or of a share of their heads, as ``qkv`` has them."""
         apart = [
             rows.unflatten(0, (-1, self._slots(name), self.head_dim))
-            for name, rows in zip(self._names, (unused, kept), strict=True)
+            for name, rows in zip(self.names, (unused, kept), strict=True)
         ]
-        if self._names[1] == "q":
+        if self.names[1] == "q":
             apart.reverse()
         return torch.cat(apart, dim=1).flatten(0, 2)
 
@@ -241,8 +244,8 @@ class SwitchableAttention(SourceAttention):
 
     def _own(self, x: Tensor, rotary: Tensor) -> Tensor:
         """The heads ``[B, heads, S, D]`` that a sharing layer computes: values, or queries, rotated."""
-        sequence, name = rotary.shape[1], self._names[1]
-        flat = self.get_submodule(name)(x)
+        sequence, name = rotary.shape[1], self.names[1]
+        flat: Tensor = self.get_submodule(name)(x)
         batch, heads = flat.numel() // flat.shape[-1] // sequence, flat.shape[-1] // self.head_dim
         if name == "q":
             return rotary_qkv(flat.view(sequence, batch, -1), rotary, heads, 1, 0, 0)[0]
@@ -250,7 +253,7 @@ class SwitchableAttention(SourceAttention):
 
     def flops_per_token(self, sequence: int) -> float:
         """See ``Attention.flops_per_token``; a projection that is not used has none."""
-        used = [*self._names[self.source != self.layer :], "out"]
+        used = [*self.names[self.source != self.layer :], "out"]
         weights = [self.get_parameter(f"{name}.weight") for name in used]
         return 2.0 * sum(w.numel() for w in weights) + 2.0 * sequence * weights[-1].shape[1]
 
@@ -270,7 +273,7 @@ def make_switchable(attentions: Sequence[nn.Module], config: Sharing) -> None:
         if type(attention) is not Attention:
             raise UserError(f"layer {layer} cannot share: its mixer is a {type(attention).__name__}")
         attention.__class__ = kind
-        attention.become(handover, layer)  # type: ignore[attr-defined]
+        cast(SourceAttention, attention).become(handover, layer)
     switch(attentions, config, len(targets))
 
 

@@ -167,7 +167,9 @@ class AdamW:
         device = next(iter(self._masters.values())).device
         squares = torch.zeros(1, 2, dtype=torch.float64, device=device)  # tensor-sharded, replicated
         for name, gradient in self._gradients.items():
-            squares[0, 0 if is_tensor_sharded(self.parameters[name]) else 1] += gradient.norm().double() ** 2
+            # In fp64, so that it makes no difference into which parameters a matrix is cut.
+            square = torch.linalg.vector_norm(gradient, dtype=torch.float64) ** 2
+            squares[0, 0 if is_tensor_sharded(self.parameters[name]) else 1] += square
         for dimension in (TENSOR, DATA):
             ranks = self.mesh[dimension]
             # Over the data dimension FSDP2 has sharded every parameter.
@@ -177,7 +179,7 @@ class AdamW:
                 squares[0, 0] = everyone[:, 0].sum()
                 if dimension == DATA:
                     squares[0, 1] = everyone[:, 1].sum()
-        return float(squares.sum().sqrt())
+        return float(squares.sum().sqrt().float())
 
 
 def _local(tensor: Tensor) -> Tensor:

@@ -207,7 +207,7 @@ def key_gradient_kernel(  # type: ignore[no-untyped-def]
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dK and dV of ``BN`` keys of one KV head, and its tiles of score gradients, over ``members`` query heads.
+    """dK and dV of ``BN`` keys of one KV head, and its tiles of score gradients, over ``members`` heads.
 
     Layer c of the ``count`` that share has dO_c at ``slopes + places[2c]`` and V_c at ``values +
     places[2c+1]``, in elements. The tile of the score gradient is ``P · (Σ_c V_c dO_cᵀ - sums)``, in the

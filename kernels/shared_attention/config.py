@@ -61,7 +61,7 @@ def refusal(dtype: torch.dtype, width: int) -> str | None:
         return f"the kernels of shared attention take bfloat16, float16 and float32, not {dtype}"
     if width not in WIDTHS:
         return (
-            f"the kernels of shared attention take heads of {', '.join(map(str, WIDTHS))} values, not {width}: "
-            "set model.sharing.deferred to false"
+            f"the kernels of shared attention take heads of {WIDTHS} values, not {width}: set "
+            "model.sharing.deferred to false"
         )
     return None

@@ -23,9 +23,13 @@ from flashtrain.kernels.shared_attention.config import refusal
 class Pass:
     """One forward and backward pass of a source and of the layers that share its queries and keys.
 
-    ``follow``: the layers that share add to the gradients of query and key. Queries ``[B, H, S, D]``, keys and
-    values ``[B, kv heads, S, D]``. Their backward passes leave dO_c and V_c here until the source's.
+    ``follow``: the layers that share add to the gradients of query and key. Queries are ``[B, H, S, D]``, keys
+    and values ``[B, kv heads, S, D]``. Backward passes of sharing layers leave dO_c and V_c here.
     """
+
+    query: Tensor
+    key: Tensor
+    lse: Tensor
 
     def __init__(self, follow: bool = True) -> None:
         self.follow = follow
@@ -34,7 +38,10 @@ class Pass:
         self.sums: Tensor | None = None
 
     def open(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        """The source's output ``[B, H, S, D]``. Raises UserError on a GPU for heads the kernels do not have."""
+        """The source's output ``[B, H, S, D]``.
+
+        Raises UserError on a GPU for heads that the kernels do not have.
+        """
         self.query, self.key = query.detach(), key.detach()
         output: Tensor = _Source.apply(self, query, key, value)
         return output
@@ -68,14 +75,15 @@ def _add_row_sums(slope: Tensor, output: Tensor, total: Tensor | None) -> Tensor
 class _Source(Function):
     @staticmethod
     def forward(ctx: Any, region: Pass, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        output: Tensor
         output, lse = (_kernels(query) or reference).attend(query, key, value)
         region.lse = lse
         ctx.region = region
         ctx.save_for_backward(query, key, value, output, lse)
-        return output  # type: ignore[no-any-return]
+        return output
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
         query, key, value, output, lse = ctx.saved_tensors
         region: Pass = ctx.region
         ctx.region = None  # nodes outlive their backward pass, as long as the loss does
@@ -91,13 +99,13 @@ class _Sharing(Function):
     @staticmethod
     def forward(ctx: Any, region: Pass, value: Tensor) -> Tensor:
         query, key, lse = region.query, region.key, region.lse
-        output = (_kernels(query) or reference).attend_given(query, key, value, lse)
+        output: Tensor = (_kernels(query) or reference).attend_given(query, key, value, lse)
         ctx.region = region
         ctx.save_for_backward(query, key, lse, value, output)
-        return output  # type: ignore[no-any-return]
+        return output
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[None, Tensor]:  # type: ignore[override]
+    def backward(ctx: Any, slope: Tensor) -> tuple[None, Tensor]:
         query, key, lse, value, output = ctx.saved_tensors
         region: Pass = ctx.region
         ctx.region = None

@@ -1,4 +1,4 @@
-"""Launches of the kernels; arguments and results as in ``reference``, any strides but a dense last dimension."""
+"""Launches of the kernels; arguments and results as in ``reference``, with any strides."""
 
 from collections.abc import Sequence
 
