@@ -138,23 +138,30 @@ class SourceAttention(Attention):
 
     handover: Handover
     layer: int
-    source: int  # whose heads are used; the own layer number: one's own
+    source: int  # the layer whose heads are used; may be this one
+    # What ``forward`` asks about itself are two answers, and not the layers' numbers, so that compiled code of
+    # one layer serves all that are like it.
+    shares: bool
     hands_over: bool
     is_last: bool  # of those that use the source's heads
 
     def become(self, handover: Handover, layer: int) -> None:
         """Set up after the class of a plain ``Attention`` was changed to this one."""
         self.handover, self.layer = handover, layer
-        self.source, self.hands_over, self.is_last = layer, False, False
+        self.source, self.shares, self.hands_over, self.is_last = layer, False, False, False
 
     def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
         """See ``Attention.forward``."""
         if not self.hands_over:
             return super().forward(x, rotary)
+        return self._close(self._open(self.project(x, rotary)))
+
+    @torch.compiler.disable
+    def _open(self, heads: Heads) -> Tensor:
         config = self.handover.config
         opened = region(config.share, config.is_deferred, config.grad_to_source)
         self.handover.regions[self.layer] = opened
-        return self._close(opened.open(self.project(x, rotary)))
+        return opened.open(heads)
 
     def extend(self, x: Tensor, rotary: Tensor, past: KeyValues | None) -> tuple[Tensor, KeyValues]:
         """See ``Attention.extend``."""
@@ -224,15 +231,19 @@ class SwitchableAttention(SourceAttention):
 
     def forward(self, x: Tensor, rotary: Tensor) -> Tensor:
         """See ``Attention.forward``."""
-        if self.source == self.layer:
+        if not self.shares:
             return super().forward(x, rotary)
+        return self._close(self._join(self._own(x, rotary)))
+
+    @torch.compiler.disable
+    def _join(self, own: Tensor) -> Tensor:
         regions = self.handover.regions
         opened = regions.pop(self.source) if self.is_last else regions[self.source]
-        return self._close(opened.join(self._own(x, rotary)))
+        return opened.join(own)
 
     def extend(self, x: Tensor, rotary: Tensor, past: KeyValues | None) -> tuple[Tensor, KeyValues]:
         """See ``Attention.extend``. What is the source's in the cache is the source's own memory."""
-        if self.source == self.layer:
+        if not self.shares:
             return super().extend(x, rotary, past)
         handed, share = self.handover.heads, self.handover.config.share
         theirs = handed.pop(self.source) if self.is_last else handed[self.source]
@@ -253,7 +264,7 @@ class SwitchableAttention(SourceAttention):
 
     def flops_per_token(self, sequence: int) -> float:
         """See ``Attention.flops_per_token``; a projection that is not used has none."""
-        used = [*self.names[self.source != self.layer :], "out"]
+        used = [*self.names[self.shares :], "out"]
         weights = [self.get_parameter(f"{name}.weight") for name in used]
         return 2.0 * sum(w.numel() for w in weights) + 2.0 * sequence * weights[-1].shape[1]
 
@@ -283,7 +294,7 @@ def switch(attentions: Sequence[nn.Module], config: Sharing, count: int) -> None
     for layer, attention in enumerate(attentions):
         if isinstance(attention, SourceAttention):
             users = [user for user, source in enumerate(sources) if source == sources[layer]]
-            attention.source = sources[layer]
+            attention.source, attention.shares = sources[layer], sources[layer] != layer
             attention.hands_over = users[0] == layer and len(users) > 1
             attention.is_last = users[-1] == layer
             attention.handover.regions.clear()

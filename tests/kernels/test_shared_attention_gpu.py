@@ -1,7 +1,7 @@
 """Kernels of shared attention on a GPU: full tiles, every width and dtype, all gradients, against fp64.
 
-Triton 3.4 to 3.7.0 miscompiles some backward kernels on Hopper (flash-linear-attention#640), so every gradient
-is compared for every dtype: an error of a thousandth is a rounding, one of a tenth is not.
+Triton 3.4 to 3.7.0 miscompiles some backward kernels on Hopper (flash-linear-attention#640), so every
+gradient is compared for every dtype: an error of a thousandth is a rounding, one of a tenth is not.
 """
 
 from dataclasses import replace

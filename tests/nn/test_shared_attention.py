@@ -2,11 +2,13 @@
 
 from dataclasses import replace
 from functools import partial
+from itertools import pairwise
 from typing import Any
 
 import pytest
 import torch
 from torch import Tensor
+from torch._dynamo.testing import CompileCounter
 
 from flashtrain.errors import UserError
 from flashtrain.models.decoder import Decoder
@@ -230,7 +232,7 @@ def test_flops_fall_with_every_layer_that_shares() -> None:
     for sharing, rows in ((QK, 2 * (6 + 2) * 8 * 48), (KV, 2 * 4 * 8 * 48)):
         model = decoder(sharing)
         flops = [(model.share(count), model.flops_per_token(100))[1] for count in range(4)]
-        assert [before - after for before, after in zip(flops, flops[1:], strict=False)] == [3.0 * rows] * 3
+        assert [before - after for before, after in pairwise(flops)] == [3.0 * rows] * 3
 
 
 @pytest.mark.parametrize(
@@ -268,3 +270,17 @@ def test_a_model_on_the_meta_device_can_be_made() -> None:
     with torch.device("meta"):
         model = Decoder(replace(CONFIG, sharing=QK))
     assert all(parameter.is_meta for parameter in model.parameters())
+
+
+def test_compiled_layers_are_compiled_once_for_each_part_they_can_play() -> None:
+    model = Decoder(replace(CONFIG, sharing=Sharing(targets=(2, 3, 4, 5)), layers=6))
+    counter = CompileCounter()
+    for layer in model.layers:
+        layer.forward = torch.compile(layer.forward, backend=counter)
+    compiled = []
+    for count in (0, 1, 2, 3, 4, 0, 4, 3, 2, 1):
+        model.share(count)
+        model(*batch()).backward()
+        compiled.append(counter.frame_count)
+    assert compiled[3] == compiled[2], "the region grew, and something was compiled"
+    assert compiled[5:] == [compiled[5]] * 5
