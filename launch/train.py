@@ -28,7 +28,8 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "recipe",
         metavar="RECIPE",
-        help="where settings start: demo or continue-pretraining or gqkva or gqkva-1b",
+        help="where settings start: demo or continue-pretraining or gqkva or gqkva-1b "
+        "or epas or echo or epas-1b or echo-1b",
     )
     parser.add_argument("--config", type=Path, metavar="FILE.toml", help="settings to change, as TOML")
     parser.add_argument("--out", type=Path, metavar="DIR", help="the run's folder (default: runs/RECIPE)")
