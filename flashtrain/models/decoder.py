@@ -37,9 +37,9 @@ class Decoder(nn.Module):
         """``mlp_width`` is a multiple of 64; ``kv_heads`` divides ``heads``, and ``heads`` ``hidden``.
 
         ``tied_embeddings``: the output projection is the embedding's table. ``pairing``: which query head
-        meets which KV head, by name or as a list (see ``Pairing.named``), in place of ``kv_heads``. ``sharing``:
-        layers that may take over queries and keys, or keys and values, of others; weights at the start are
-        those without it.
+        meets which KV head, by name or as a list (see ``Pairing.named``), in place of ``kv_heads``.
+        ``sharing``: layers that may take over queries and keys, or keys and values, of others; weights at the
+        start are those without it.
         """
 
         vocabulary: int = 256

@@ -139,8 +139,8 @@ class SourceAttention(Attention):
     handover: Handover
     layer: int
     source: int  # the layer whose heads are used; may be this one
-    # What ``forward`` asks about itself are two answers, and not the layers' numbers, so that compiled code of
-    # one layer serves all that are like it.
+    # ``forward`` asks for two answers and not for numbers of layers, so that code that is compiled for one
+    # layer serves all that are like it.
     shares: bool
     hands_over: bool
     is_last: bool  # of those that use the source's heads

@@ -23,8 +23,8 @@ from flashtrain.kernels.shared_attention.config import refusal
 class Pass:
     """One forward and backward pass of a source and of the layers that share its queries and keys.
 
-    ``follow``: the layers that share add to the gradients of query and key. Queries are ``[B, H, S, D]``, keys
-    and values ``[B, kv heads, S, D]``. Backward passes of sharing layers leave dO_c and V_c here.
+    ``follow``: the layers that share add to the gradients of query and key. Queries are ``[B, H, S, D]``,
+    keys and values ``[B, kv heads, S, D]``. Backward passes of sharing layers leave dO_c and V_c here.
     """
 
     query: Tensor
