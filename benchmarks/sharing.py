@@ -37,6 +37,7 @@ from torch.profiler import ProfilerActivity, profile
 from flashtrain.kernels.shared_attention import reference
 from flashtrain.kernels.shared_attention import triton as kernels
 from flashtrain.kernels.shared_attention.config import Blocks, choice
+from flashtrain.kernels.shared_attention.op import Pass
 from flashtrain.models.decoder import Decoder
 from flashtrain.nn.attend import Heads, attend
 from flashtrain.nn.region import Deferred, LayerByLayer
@@ -154,17 +155,23 @@ def op_row(batch: int, kv_heads: int, sequence: int, width: int, rounds: int) ->
         region = Deferred(follow=True)
         return [region.open(Heads(query, key, values[0])), *(region.join(value) for value in values[1:])]
 
+    def with_other_forward() -> list[Tensor]:
+        region = Pass()
+        first = region.open(query, key, values[0])
+        return [first, *(region.join(value, lambda *given: attend(Heads(*given))) for value in values[1:])]
+
     def both(forward: Callable[[], list[Tensor]]) -> Any:
         return torch.autograd.grad(forward(), leaves, slopes)
 
     ways = {"own heads": alone, "layer by layer": naive, "deferred": deferred}
+    ways["deferred, cuDNN forward"] = with_other_forward
     calls: dict[str, Callable[[], Any]] = {f"{name}, both": partial(both, way) for name, way in ways.items()}
     calls |= {f"{name}, forward": way for name, way in ways.items()}
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         found = medians(calls, rounds)
     product = float(batch * 32 * width) * sequence * sequence  # operations of one causal product of all heads
     products = {
-        name: (2 * layers, 2 * layers + (3 * SHARING + 5 if name == "deferred" else 5 * layers))
+        name: (2 * layers, 2 * layers + (3 * SHARING + 5 if "deferred" in name else 5 * layers))
         for name in ways
     }
     rates = {

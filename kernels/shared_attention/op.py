@@ -9,6 +9,7 @@ exact, since queries and keys depend on the source's input alone, whose backward
 layer behind it: autograd runs ``_Source.backward`` last, as its output feeds all later values.
 """
 
+from collections.abc import Callable
 from types import ModuleType
 from typing import Any
 
@@ -18,6 +19,8 @@ from torch.autograd import Function
 from flashtrain.errors import UserError
 from flashtrain.kernels.shared_attention import reference
 from flashtrain.kernels.shared_attention.config import refusal
+
+Forward = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 class Pass:
@@ -46,9 +49,12 @@ class Pass:
         output: Tensor = _Source.apply(self, query, key, value)
         return output
 
-    def join(self, value: Tensor) -> Tensor:
-        """The output ``[B, H, S, D]`` of a layer with values of its own."""
-        output: Tensor = _Sharing.apply(self, value)
+    def join(self, value: Tensor, forward: Forward | None = None) -> Tensor:
+        """The output ``[B, H, S, D]`` of a layer with values of its own.
+
+        ``forward``: another attention of query, key and value; the kernel is spared the sums of its rows.
+        """
+        output: Tensor = _Sharing.apply(self, value, forward)
         return output
 
 
@@ -97,15 +103,19 @@ class _Source(Function):
 
 class _Sharing(Function):
     @staticmethod
-    def forward(ctx: Any, region: Pass, value: Tensor) -> Tensor:
+    def forward(ctx: Any, region: Pass, value: Tensor, other: Forward | None) -> Tensor:
         query, key, lse = region.query, region.key, region.lse
-        output: Tensor = (_kernels(query) or reference).attend_given(query, key, value, lse)
+        output: Tensor
+        if other is None:
+            output = (_kernels(query) or reference).attend_given(query, key, value, lse)
+        else:
+            output = other(query, key, value)
         ctx.region = region
         ctx.save_for_backward(query, key, lse, value, output)
         return output
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[None, Tensor]:
+    def backward(ctx: Any, slope: Tensor) -> tuple[None, Tensor, None]:
         query, key, lse, value, output = ctx.saved_tensors
         region: Pass = ctx.region
         ctx.region = None
@@ -113,4 +123,4 @@ class _Sharing(Function):
             region.sums = _add_row_sums(slope, output, region.sums)
             region.slopes.append(slope)
             region.values.append(value)
-        return None, (_kernels(query) or reference).value_gradient(query, key, lse, slope)
+        return None, (_kernels(query) or reference).value_gradient(query, key, lse, slope), None

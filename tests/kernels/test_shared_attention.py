@@ -198,3 +198,20 @@ def test_compiled_for_hopper_tiles_are_loaded_ahead_for_its_tensor_cores() -> No
     assert ran.stdout.splitlines() == [
         f"{name} True True" for name in ("forward", "values", "source", "query")
     ]
+
+
+def test_another_forward_has_the_same_gradients() -> None:
+    def other(query: Tensor, key: Tensor, value: Tensor, *values: Tensor) -> list[Tensor]:
+        region = op.Pass()
+        return [
+            region.open(query, key, value),
+            *(region.join(v, lambda q, k, w: naive(q, k, w)[0]) for v in values),
+        ]
+
+    def plain(query: Tensor, key: Tensor, value: Tensor, *values: Tensor) -> list[Tensor]:
+        region = op.Pass()
+        return [region.open(query, key, value), *(region.join(own) for own in values)]
+
+    given = [t.double() for t in heads(1, 4, 2, 11, 8, 2)]
+    for found, true in zip(outcome(other, given), outcome(plain, given), strict=True):
+        assert error(found, true) < 2e-15
