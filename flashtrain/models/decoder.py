@@ -148,7 +148,7 @@ class Decoder(nn.Module):
         return Block(attention, mlp, config.hidden, config.norm_epsilon)
 
     def _mixers(self) -> list[nn.Module]:
-        return [layer.get_submodule("attention") for layer in self.layers]
+        return [getattr(layer, "attention", layer) for layer in self.layers]
 
     def share(self, count: int) -> None:
         """Let the last ``count`` of ``config.sharing``'s targets share from now on, and the others not.

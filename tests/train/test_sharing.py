@@ -15,9 +15,11 @@ from flashtrain.data import Corpus
 from flashtrain.errors import UserError
 from flashtrain.methods.callback import Run
 from flashtrain.methods.progressive_sharing import ProgressiveSharing
+from flashtrain.models import hf
 from flashtrain.models.decoder import Decoder
 from flashtrain.nn.shared_attention import Sharing, SwitchableAttention
 from flashtrain.parallel.mesh import DATA, Degrees
+from flashtrain.recipes import RECIPES
 from flashtrain.train import snapshot
 from flashtrain.train.optimizer import AdamW
 from flashtrain.train.settings import Training
@@ -285,3 +287,20 @@ def test_a_schedule_without_layers_that_may_share_is_refused(text: Path) -> None
         replace(config(text), sharing=SOON).validate()
     with pytest.raises(UserError, match=r"sharing\.growth 2 must divide"):
         shared(text, QK, replace(SOON, growth=2)).validate()
+
+
+def test_what_cannot_be_exported_or_paired_is_refused(text: Path) -> None:
+    model = shared(text, QK, SOON).model
+    with pytest.raises(UserError, match=r"model\.sharing has no model of transformers"):
+        hf.weights(model)
+    with pytest.raises(UserError, match=r"leave out model\.sharing"):
+        replace(model, pairing="gqa-4").validate()
+
+
+@pytest.mark.parametrize(("name", "layers"), [("epas", 3), ("echo", 3), ("epas-1b", 11), ("echo-1b", 11)])
+def test_recipes_let_half_of_the_layers_share_by_the_end(name: str, layers: int) -> None:
+    recipe = RECIPES[name]()
+    recipe.validate()
+    assert recipe.sharing.shared_at(1, layers) == 0
+    assert recipe.sharing.shared_at(recipe.train.steps, layers) == layers
+    assert len(recipe.model.sharing.targets_of(recipe.model.layers)) == layers
