@@ -4,10 +4,12 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
+from flashtrain.methods.progressive_sharing import ProgressiveSharing
 from flashtrain.models.decoder import Decoder
 from flashtrain.nn.flowhn import FlowHN
 from flashtrain.nn.hybrid import Pattern
 from flashtrain.nn.rotary import Llama3Scaling
+from flashtrain.nn.shared_attention import Sharing
 from flashtrain.nn.ssm import Mamba2
 from flashtrain.parallel.mesh import Degrees
 from flashtrain.train.optimizer import AdamW
@@ -179,6 +181,60 @@ def _llama(
     )
 
 
+def epas() -> Trainer.Config:
+    """The demo in which the later half of the layers take over queries and keys (EPAS, arXiv 2601.19089).
+
+    Every 80 steps one more of the last three; the last 120 steps train with all three.
+    """
+    # On a CPU, gradients that are formed once are formed from whole matrices of scores.
+    return _progressive(demo(), Sharing(share="QK", deferred=False), interval=80)
+
+
+def echo() -> Trainer.Config:
+    """As ``epas`` with keys and values: our reconstruction of ECHO-LLaMA (arXiv 2505.17331)."""
+    return _progressive(demo(), Sharing(share="KV"), interval=80)
+
+
+def epas_1b() -> Trainer.Config:
+    """EPAS (arXiv 2601.19089): TinyLlama, 0.25 M tokens a step, 4000 steps, 11 of 22 layers; bring your data.
+
+    The paper gives neither interval, growth nor learning rate; these are ours.
+    """
+    return _progressive(_of_1b(kv_heads=4), Sharing(share="QK"), interval=100)
+
+
+def echo_1b() -> Trainer.Config:
+    """Our reconstruction of ECHO-LLaMA (arXiv 2505.17331): LLaMA-1B with 32 KV heads; bring your data.
+
+    What is public names no schedule: it is that of ``epas_1b``, as is the rest. Less arithmetic explains 1.07
+    times the speed at 4096 tokens, and not what its abstract claims.
+    """
+    return _progressive(_of_1b(kv_heads=32), Sharing(share="KV"), interval=100)
+
+
+def _progressive(config: Trainer.Config, sharing: Sharing, interval: int) -> Trainer.Config:
+    model = replace(config.model, sharing=sharing)
+    return replace(config, model=model, sharing=ProgressiveSharing.Config(interval=interval))
+
+
+def _of_1b(kv_heads: int) -> Trainer.Config:
+    return Trainer.Config(
+        model=Decoder.Config(
+            vocabulary=32_000, hidden=2048, layers=22, heads=32, kv_heads=kv_heads, mlp_width=5632
+        ),
+        train=Training(
+            steps=4000,
+            dtype="bfloat16",
+            batch=128,
+            sequence=2048,
+            accumulate=16,
+            evaluate_every=400,
+        ),
+        optimizer=AdamW.Config(learning_rate=4e-4, warmup=200),
+        checkpoint=Checkpointing(every=400),
+    )
+
+
 RECIPES: dict[str, Callable[[], Trainer.Config]] = {
     "demo": demo,
     "continue-pretraining": continue_pretraining,
@@ -191,4 +247,8 @@ RECIPES: dict[str, Callable[[], Trainer.Config]] = {
     "llama-8b": llama_8b,
     "llama-70b": llama_70b,
     "llama-70b-4layers": llama_70b_4layers,
+    "epas": epas,
+    "echo": echo,
+    "epas-1b": epas_1b,
+    "echo-1b": echo_1b,
 }

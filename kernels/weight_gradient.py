@@ -1,5 +1,8 @@
 """Weight gradients as sums of products, in fp32, where the optimizer reads them."""
 
+from collections.abc import Callable, Sequence
+from typing import NamedTuple
+
 import torch
 from torch import Tensor
 
@@ -48,3 +51,37 @@ class WeightGradient:
     def clear(self) -> None:
         """Begin anew with the next product."""
         self.filled = False
+
+
+class Packing(NamedTuple):
+    """How one weight is made of several: ``join(*parts)``, and ``cut(whole)`` into parts again."""
+
+    join: Callable[..., Tensor]
+    cut: Callable[[Tensor], Sequence[Tensor]]
+
+    def gradient(self, *weights: Tensor) -> "PackedGradient | None":
+        """That of the whole, if all of ``weights`` have a ``main_grad``."""
+        parts = [getattr(weight, "main_grad", None) for weight in weights]
+        return None if None in parts else PackedGradient(parts, self)  # type: ignore[arg-type]
+
+
+class PackedGradient(WeightGradient):
+    """The gradient of a weight that is made of others for one product: it goes on in each one's own."""
+
+    def __init__(self, parts: Sequence[WeightGradient], packing: Packing) -> None:
+        self.parts, self.packing = parts, packing
+
+    def add_product(self, a: Tensor, b: Tensor) -> None:
+        """See ``WeightGradient.add_product``: the bits are those of a gradient that was never cut."""
+        totals = [part.total for part in self.parts]
+        self.filled = all(part.filled for part in self.parts)
+        if self.filled:
+            self.total = self.packing.join(*totals)
+        else:
+            assert not any(part.filled for part in self.parts), "parts that have taken part in other products"
+            self.total = totals[0].new_empty(a.shape[0], b.shape[1])
+        super().add_product(a, b)
+        for part, rows in zip(self.parts, self.packing.cut(self.total), strict=True):
+            part.total.copy_(rows)
+            part.filled = True
+        del self.total

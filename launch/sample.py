@@ -32,6 +32,12 @@ def add_parser(subparsers: Any) -> None:
     parser.add_argument(
         "--seed", type=int, default=0, metavar="N", help="the same one draws the same (default: 0)"
     )
+    parser.add_argument(
+        "--share",
+        type=int,
+        metavar="N",
+        help="let the last N of the model's layers that may share do so (default: as when it was saved)",
+    )
     parser.set_defaults(run=run)
 
 
@@ -42,6 +48,8 @@ def run(args: argparse.Namespace) -> int:
 
     checkpoint = snapshot.find(args.checkpoint)
     model, config = snapshot.load_model(checkpoint)
+    if args.share is not None:
+        model.share(args.share)
     tokenizer = snapshot.load_tokenizer_of(checkpoint, config)
     tokens = generate(
         model,

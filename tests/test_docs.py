@@ -26,7 +26,7 @@ SHOWN = {
     "faults.md": ["ended with exit code 2", "No space left on device", '"step": 3'],
     "many-nodes.md": ["--nnodes 2", "these ranks fit together"],
     "own-data.md": ["tokenizer.json: 512 tokens", "70.0% of the samples", "sets/more/tokens: "],
-    "own-model.md": ["starting with the weights of runs/base", "came along"],
+    "own-model.md": ["step 5: 1 of 1 layers share", "starting with the weights of runs/base", "came along"],
     "reading-the-overlap-report.md": ["embedding: a look-up", "100.0% of the transfers hidden"],
     "troubleshooting-hangs.md": ["CPU ranks of one machine"],
     "watching.md": ["steps-11-12.rank0.json.gz", "wrote both.html"],
@@ -37,7 +37,8 @@ SOURCES = [("flashtrain", "py"), ("launch", "py"), ("csrc", "cpp")]
 
 def reader(folder: Path, text: Path) -> guides.Reader:
     smaller = [*SMALLER, f"--data.source={text}"]
-    return guides.Reader(folder, {"demo": [*smaller, *SMALLER_MODEL], "continue-pretraining": smaller})
+    small = [*smaller, *SMALLER_MODEL]
+    return guides.Reader(folder, {"demo": small, "epas": small, "continue-pretraining": smaller})
 
 
 @pytest.fixture(scope="module")
@@ -115,7 +116,10 @@ def test_commands_in_passing_are_known() -> None:
 def test_settings_in_passing_exist() -> None:
     """Those in the running text: `section.key`, with dashes or without, with a value or without."""
     prepared = ["--data.class=PreparedData.Config", "--data.sets=set"]
-    known = {key for words in ([], prepared) for key in config.keys(config.resolve(demo(), None, words))}
+    sharing = ["--model.sharing.class=Sharing", "--sharing.class=ProgressiveSharing.Config"]
+    known = {
+        key for words in ([], prepared, sharing) for key in config.keys(config.resolve(demo(), None, words))
+    }
     sections = "|".join(sorted({key.partition(".")[0] for key in known if "." in key}))
     found = 0
     for file in (README, *DOCS.glob("*.md")):

@@ -18,6 +18,7 @@ from flashtrain.nn.mlp import PACKING, SwiGLU
 from flashtrain.nn.norm import RMSNorm
 from flashtrain.nn.pairing import Order, Pairing
 from flashtrain.nn.rotary import Llama3Scaling, no_positions, rotary_table
+from flashtrain.nn.shared_attention import Sharing, make_switchable, switch
 
 # Projections that write to the residual stream.
 _WRITING = tuple(
@@ -46,6 +47,8 @@ class Decoder(nn.Module):
         ``tied_embeddings``: the output projection is the embedding's table. ``pairing``: which query head
         meets which KV head, by name or as a list (see ``Pairing.named``), in place of ``kv_heads``.
         ``layout``: blocks of attention and SSM mixers; None: each is attention, then an MLP.
+        ``sharing``: layers that may take over queries and keys, or keys and values, of others; weights at the
+        start are those without it.
         """
 
         vocabulary: int = 256
@@ -62,6 +65,7 @@ class Decoder(nn.Module):
         pairing: str | None = None
         pair_order: Order = "j_major"
         layout: Pattern.Config | ParallelHeads.Config | FlowHN.Config | None = None
+        sharing: Sharing | None = None
 
         @property
         def head_dim(self) -> int:
@@ -93,6 +97,11 @@ class Decoder(nn.Module):
             self._validate_positions()
             if self.layout is not None:
                 self.layout.validate("model.layout", self.hidden, self.layers, tensor_degree)
+            if self.sharing is not None:
+                for name in ("pairing", "layout"):
+                    if getattr(self, name) is not None:
+                        raise UserError(f"layers with model.{name} cannot share: leave out model.sharing")
+                self.sharing.validate(self.layers)
             for name, parts in (
                 ("model.kv_heads", self.kv_heads) if self.pairing is None else ("model.heads", self.heads),
                 ("model.vocabulary", self.vocabulary),
@@ -126,6 +135,8 @@ class Decoder(nn.Module):
         if config.tied_embeddings:
             self.head.weight = self.embedding.weight
         self._initialise(generator)
+        if config.sharing is not None:
+            make_switchable(self._mixers(), config.sharing)
 
     def _initialise(self, generator: torch.Generator | None) -> None:
         # N(0, 2 / (5 hidden)) (arXiv 1910.05895, section 2.2), which fits wide and narrow models; the two
@@ -158,6 +169,18 @@ class Decoder(nn.Module):
 
     def _mlp(self) -> SwiGLU:
         return SwiGLU(self.config.hidden, self.config.mlp_width)
+
+    def _mixers(self) -> list[nn.Module]:
+        return [getattr(layer, "attention", layer) for layer in self.layers]
+
+    def share(self, count: int) -> None:
+        """Let the last ``count`` of ``config.sharing``'s targets share from now on, and the others not.
+
+        Weights stay. Raises UserError if the model was not made to share, or has fewer targets.
+        """
+        if self.config.sharing is None:
+            raise UserError("layers of this model cannot share: it was made without model.sharing")
+        switch(self._mixers(), self.config.sharing, count)
 
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, documents: Documents | None = None

@@ -181,12 +181,14 @@ class Weight:
 def weights(config: Decoder.Config) -> list[Weight]:
     """All parameters of the decoder in the order in which it computes; each part occurs once.
 
-    Raises UserError for a decoder with pairs of heads, which no model of transformers has.
+    Raises UserError for a decoder with pairs of heads or layers that share, which transformers does not have.
     """
     if config.pairing is not None:
         raise UserError(
             f"model.pairing {config.pairing} has no model of transformers; what model.kv_heads says has"
         )
+    if config.sharing is not None:
+        raise UserError("model.sharing has no model of transformers: this model cannot be exported")
     hidden, head = config.hidden, config.head_dim
 
     def plain(ours: str, theirs: str, rows: int, *rest: int) -> Weight:

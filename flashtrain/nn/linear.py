@@ -17,13 +17,17 @@ class Linear(nn.Linear):
     """
 
     def forward(self, x: Tensor) -> Tensor:
-        main = getattr(self.weight, "main_grad", None)
-        wanted = torch.is_grad_enabled() and self.weight.requires_grad
-        if main is None or not wanted or torch.compiler.is_compiling():
-            return linear(x, self.weight, self.bias)
-        # As rows, which is what torch makes of it too where a gradient is wanted, but not inside a function.
-        y: Tensor = _Product.apply(x.reshape(-1, x.shape[-1]), self.weight, self.bias, main)
-        return y.view(*x.shape[:-1], y.shape[-1])
+        return product(x, self.weight, self.bias, getattr(self.weight, "main_grad", None))
+
+
+def product(x: Tensor, weight: Tensor, bias: Tensor | None, main: WeightGradient | None) -> Tensor:
+    """``x [..., K] · weight [N, K]ᵀ + bias``; the weight's gradient is added to ``main``, if there is one."""
+    wanted = torch.is_grad_enabled() and weight.requires_grad
+    if main is None or not wanted or torch.compiler.is_compiling():
+        return linear(x, weight, bias)
+    # As rows, which is what torch makes of it too where a gradient is wanted, but not inside a function.
+    y: Tensor = _Product.apply(x.reshape(-1, x.shape[-1]), weight, bias, main)
+    return y.view(*x.shape[:-1], y.shape[-1])
 
 
 class _Product(torch.autograd.Function):

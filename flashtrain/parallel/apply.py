@@ -14,6 +14,9 @@ from flashtrain.parallel import data, ssm, tensor
 from flashtrain.parallel.heads import HeadParallel
 from flashtrain.parallel.mesh import DATA, TENSOR
 
+# What a layer may do without, so that it is gathered by itself, where it is called.
+_APART = ("layers.*.attention.qk", "layers.*.attention.kv")
+
 
 def decoder_plan(rows: tensor.Rows) -> dict[str, ParallelStyle]:
     """Which module of a decoder gets which style, by name; ``*`` stands for any one part of a name."""
@@ -21,6 +24,11 @@ def decoder_plan(rows: tensor.Rows) -> dict[str, ParallelStyle]:
         "embedding": tensor.VocabularyParallel(rows),
         "layers.*.attention_norm": tensor.SequenceParallel(rows),
         "layers.*.attention.qkv": HeadParallel(rows),
+        # Where queries and keys, or keys and values, may be those of another layer.
+        "layers.*.attention.qk": tensor.ColumnParallelPacked(rows),
+        "layers.*.attention.v": tensor.ColumnParallel(rows),
+        "layers.*.attention.kv": tensor.ColumnParallelPacked(rows),
+        "layers.*.attention.q": tensor.ColumnParallel(rows),
         "layers.*.attention.out": tensor.RowParallel(rows),
         "layers.*.mlp_norm": tensor.SequenceParallel(rows),
         "layers.*.mlp.gate_up": tensor.ColumnParallel(rows),
@@ -62,8 +70,9 @@ def parallelize(
 
     Every rank must hold the same parameters. ``plan`` maps module names to styles (default: a decoder
     with the names of ``decoder_plan``); ``model(tokens [S, B], ...)`` takes its tokens first. ``units``
-    are the blocks that data parallelism gathers one at a time (default: ``model.layers``), ``sharding`` how.
-    A dimension of degree 1 changes nothing. Raises UserError for a plan that does not fit the model.
+    are the blocks that data parallelism gathers one at a time, inner ones first (default: ``model.layers``,
+    without projections that a layer may do without, which are units of their own), ``sharding`` how. A
+    dimension of degree 1 changes nothing. Raises UserError for a plan that does not fit the model.
     """
     names = mesh.mesh_dim_names or ()
     if TENSOR in names and mesh[TENSOR].size() > 1:
@@ -81,9 +90,13 @@ def parallelize(
 
         model.register_forward_pre_hook(note_rows)
     if DATA in names and mesh[DATA].size() > 1:
-        blocks = list(model.get_submodule("layers").children()) if units is None else units
-        data.shard(model, blocks, mesh[DATA], sharding)
+        data.shard(model, _units(model) if units is None else units, mesh[DATA], sharding)
     return model
+
+
+def _units(model: nn.Module) -> list[nn.Module]:
+    apart = [model.get_submodule(name) for pattern in _APART for name in _named(model, pattern)]
+    return [*apart, *model.get_submodule("layers").children()]
 
 
 def _shared_parameters(model: nn.Module) -> list[list[str]]:

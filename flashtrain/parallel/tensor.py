@@ -66,11 +66,13 @@ class ColumnParallelLinear(_OverTensorGroup, nn.Linear):
     """``y [S, B, N/W] = AG(x_shard [S/W, B, K]) · w_shard [N/W, K]ᵀ + b_shard``."""
 
     def forward(self, x: Tensor) -> Tensor:
+        return self._product(x, *self._operands())
+
+    def _product(self, x: Tensor, weight: Tensor, bias: Tensor | None, main: Any = None) -> Tensor:
         total = self.rows.total if self.rows is not None else None
         flat = x.reshape(-1, x.shape[-1])
         keep = transport.settings().keep_gather
         # The gathered input is wanted by the weight gradient alone, if that does not gather it again.
-        weight, bias, main = self._operands()
         y, _ = ops.all_gather_matmul(flat, weight, self.group, self.site, total, keep, keep, main)
         if bias is not None:
             y = y + bias
@@ -95,6 +97,17 @@ class VocabularyParallelHeadLinear(ColumnParallelLinear):
             return vocabulary_parallel_cross_entropy(super().forward(x), targets, self.group, self.site)
         main = _main_grad(self.weight)
         return loss.linear_cross_entropy(flat, weight, whole, self.group, self.site, main)
+
+
+class ColumnParallelPackedLinear(ColumnParallelLinear):
+    """A column-parallel layer that is one product with another: ``packing`` joins both shards."""
+
+    def forward(  # type: ignore[override]
+        self, x: Tensor, other: nn.Linear, packing: Any
+    ) -> Tensor:
+        bias = None if self.bias is None else packing.join(_local(self.bias), _local(other.bias))
+        main = packing.gradient(self.weight, other.weight)
+        return self._product(x, packing.join(_local(self.weight), _local(other.weight)), bias, main)
 
 
 class RowParallelLinear(_OverTensorGroup, nn.Linear):
@@ -185,6 +198,14 @@ class VocabularyParallelHead(_Style):
         return self._convert(module, nn.Linear, VocabularyParallelHeadLinear, device_mesh, {"weight": 0})
 
 
+class ColumnParallelPacked(_Style):
+    """As ``ColumnParallel``, for a layer called as ``layer(x, other, packing)`` with one of that style."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        shards = {"weight": 0, "bias": 0}
+        return self._convert(module, nn.Linear, ColumnParallelPackedLinear, device_mesh, shards)
+
+
 class RowParallel(_Style):
     """Shard an ``nn.Linear`` by input features; its output is sharded by rows. The bias is replicated."""
 
@@ -215,6 +236,7 @@ class SequenceParallel(_Style):
 
 __all__ = [
     "ColumnParallel",
+    "ColumnParallelPacked",
     "RowParallel",
     "Rows",
     "SequenceParallel",

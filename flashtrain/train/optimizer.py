@@ -179,7 +179,8 @@ class AdamW:
                 squares[0, 0] = everyone[:, 0].sum()
                 if dimension == DATA:
                     squares[0, 1] = everyone[:, 1].sum()
-        return squares.sum().sqrt()
+        # Rounded, so that the order in which squares were added makes no difference.
+        return squares.sum().sqrt().float().double()
 
 
 def _slot(parameter: Tensor) -> Slot:

@@ -1,6 +1,7 @@
 """What a checkpoint of a run holds, and how it comes back."""
 
 import logging
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -9,10 +10,13 @@ import torch.distributed as dist
 from torch import Tensor, nn
 
 from flashtrain import config as configs
-from flashtrain.checkpoint import BackgroundSaver, CheckpointStore, Manifest
+from flashtrain.checkpoint import BackgroundSaver, CheckpointStore, Manifest, TensorEntry
+from flashtrain.checkpoint.blocks import block_of
 from flashtrain.data.tokenizer import BYTES, TOKENIZER, Tokenizer, load_tokenizer
 from flashtrain.errors import UserError
+from flashtrain.methods.progressive_sharing import ProgressiveSharing
 from flashtrain.models.decoder import Decoder
+from flashtrain.nn.shared_attention import SwitchableAttention
 from flashtrain.train import carried
 from flashtrain.train.optimizer import AdamW
 
@@ -102,31 +106,69 @@ def model_config(path: Path) -> Decoder.Config:
 def load_weights(path: Path, model: nn.Module) -> None:
     """Fill ``model`` in place, on any mesh, rounding where its dtype is narrower. Collective.
 
+    Packed projections of a checkpoint are cut in two for layers that have them apart, since they may share.
     Raises UserError if the checkpoint is damaged or of another model.
     """
     store = CheckpointStore(path.parent)
     stored = store.read_manifest(path).tensors.get("model", {})
-    targets, read = {name: p.detach() for name, p in model.named_parameters()}, {}
+    targets, apart = {name: p.detach() for name, p in model.named_parameters()}, _apart(model, stored)
+    read: dict[str, Tensor] = {packed: empty for packed, empty, _ in apart.values()}
     for name, target in targets.items():
+        if name in apart:
+            continue
         dtype = getattr(torch, stored[name].dtype, None) if name in stored else None
         differs = isinstance(dtype, torch.dtype) and dtype != target.dtype
         read[name] = torch.empty_like(target, dtype=dtype) if differs else target
     store.load(path, {"model": read})
     for name, target in targets.items():
-        if read[name] is not target:
+        if name in apart:
+            _, packed, cut = apart[name]
+            _take(name, target, cut(packed)[name.split(".")[-2]])
+        elif read[name] is not target:
             target.copy_(read[name])
+
+
+_Apart = tuple[str, Tensor, Callable[[Tensor], dict[str, Tensor]]]
+
+
+def _apart(model: nn.Module, stored: Mapping[str, TensorEntry]) -> dict[str, _Apart]:
+    """Parameters of ``model`` that are part of a packed one in the checkpoint: that one's name, memory for
+    it whole, and what cuts it.
+    """
+    found: dict[str, _Apart] = {}
+    for name, module in model.named_modules():
+        for kind in ("weight", "bias") if isinstance(module, SwitchableAttention) else ():
+            if (packed := f"{name}.qkv.{kind}") not in stored:
+                continue
+            pieces = [module.get_parameter(f"{piece}.{kind}") for piece in module.names]
+            shape = (sum(piece.shape[0] for piece in pieces), *pieces[0].shape[1:])
+            empty = torch.empty(shape, dtype=getattr(torch, stored[packed].dtype))
+            for piece in module.names:
+                found[f"{name}.{piece}.{kind}"] = packed, empty, module.pieces
+    return found
+
+
+def _take(name: str, target: Tensor, whole: Tensor) -> None:
+    """Fill this rank's rows of ``target`` from those of ``whole``."""
+    block = block_of(name, target)
+    if block is not None:
+        block.local.copy_(whole[block.offset[0] :][: block.local.shape[0]])
 
 
 def load_model(path: Path) -> tuple[Decoder, dict[str, Any]]:
     """The whole model of checkpoint ``path`` on this process, and the config of the run that saved it.
 
-    For a process without torch.distributed. Raises UserError if the checkpoint is damaged.
+    For a process without torch.distributed. As many layers share as did when it was saved. Raises UserError
+    if the checkpoint is damaged.
     """
     store = CheckpointStore(path.parent)
     model = Decoder(model_config(path))
     config = store.read_manifest(path).meta["config"]
     model.to(getattr(torch, config["train"]["dtype"]))
     store.load(path, {"model": {name: p.detach() for name, p in model.named_parameters()}})
+    trained = store.read_manifest(path).meta.get("callbacks", {}).get(ProgressiveSharing.__name__)
+    if trained is not None:
+        model.share(trained["shared"])
     return model.eval(), config
 
 

@@ -23,6 +23,7 @@ from flashtrain.data import Corpus, PreparedData, open_source
 from flashtrain.data.source import HeldOut, resolved
 from flashtrain.data.tokenizer import keep_tokenizer
 from flashtrain.errors import Stopped, TransportError, UserError
+from flashtrain.methods.progressive_sharing import ProgressiveSharing
 from flashtrain.metrics import Event, StepMetrics, peak_memory
 from flashtrain.metrics.history import CONFIG
 from flashtrain.metrics.machine import describe_machine
@@ -84,6 +85,7 @@ class Trainer:
 
         ``parallel``, ``comm``, ``attention``, ``fsdp`` and ``watch`` only decide how.
 
+        ``sharing``: when layers of ``model.sharing`` begin to share; None: all do from the first step on.
         ``nodes``: how many hosts the ranks must have come from; None: as many as there are.
         """
 
@@ -98,6 +100,7 @@ class Trainer:
         checkpoint: Checkpointing = field(default_factory=Checkpointing)
         watch: Watching = field(default_factory=Watching)
         skip: SkipRule.Config = field(default_factory=SkipRule.Config)
+        sharing: ProgressiveSharing.Config | None = None
         stragglers: Stragglers.Config = field(default_factory=Stragglers.Config)
         faults: tuple[Fault, ...] = ()
         nodes: int | None = None
@@ -117,8 +120,11 @@ class Trainer:
             self.watch.validate(self.train.steps)
             self.skip.validate()
             self.stragglers.validate()
+            if self.sharing is not None:
+                given = self.model.sharing
+                self.sharing.validate(0 if given is None else len(given.targets_of(self.model.layers)))
             faults.validate(self.faults, self.parallel.world)
-            for name in ("pairing", "layout"):
+            for name in ("pairing", "layout", "sharing"):
                 if self.train.document_mask and getattr(self.model, name) is not None:
                     raise UserError(f"train.document_mask is true, but model.{name} knows no documents")
             if not data:
@@ -218,7 +224,10 @@ class Trainer:
         train = self.config.train
         rows = train.batch // (self.config.parallel.data * train.accumulate) * train.sequence
         survey = sites.survey(self.model, self.mesh, rows, self.device)
-        callbacks = build_callbacks(
+        callbacks: list[Callback] = []
+        if self.config.sharing is not None:
+            callbacks.append(ProgressiveSharing(self.config.sharing, self.model))
+        callbacks += build_callbacks(
             self.config.watch, dist.get_rank(), self.device, survey, self.unigram_entropy
         )
         for callback in callbacks:
@@ -392,7 +401,10 @@ class Trainer:
 
     def _measure(self, step: int, rate: float, result: StepResult, seconds: float) -> StepMetrics:
         tokens = self.config.train.batch * self.config.train.sequence
-        flops = tokens * self.flops_per_token / dist.get_world_size() / seconds
+        # Asked each step, since it may change on the way.
+        flops = (
+            tokens * self.model.flops_per_token(self.config.train.sequence) / dist.get_world_size() / seconds
+        )
         return StepMetrics(
             step=step,
             loss=result.loss,

@@ -14,7 +14,9 @@ def squares(slots: Sequence[Slot], gradients: Sequence[Tensor | None], divided: 
     total = torch.zeros(2, dtype=torch.float64, device=slots[0].master.device)
     for index, gradient in enumerate(gradients):
         if gradient is not None:
-            total[0 if index < divided else 1] += gradient.norm().double() ** 2
+            # In fp64, so that it makes no difference into which parameters a matrix is cut.
+            square = torch.linalg.vector_norm(gradient, dtype=torch.float64) ** 2
+            total[0 if index < divided else 1] += square
     return total
 
 

@@ -85,9 +85,10 @@ rotary_kernels.register_autograd(_backward, setup_context=_setup)
 
 def _check(packed: Tensor, table: Tensor, units: int, queries: int, keys: int, values: int) -> None:
     heads = units * (queries + keys + values)
-    if min(units, queries, keys, values) < 1:
+    if min(units, queries) < 1 or min(keys, values) < 0:
         raise UserError(
-            f"{units} units of {queries} query, {keys} key and {values} value heads: give at least 1 of each"
+            f"{units} units of {queries} query, {keys} key and {values} value heads: give at least 1 unit of "
+            "1 query head, and no less than 0 of the others"
         )
     if packed.dim() != 3 or table.dim() != 3 or table.shape[0] != 2 or table.shape[2] % 2:
         raise UserError(

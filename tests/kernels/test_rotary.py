@@ -61,7 +61,8 @@ def test_reference_turns_pairs_as_complex_numbers(heads: tuple[int, ...]) -> Non
 
 # 12 columns leave idle ones in the tile; 64 make tiles of 32 heads, of which there are two.
 @pytest.mark.parametrize(
-    ("heads", "width"), [(GROUPED, 12), (PAIRED, 16), ((9, 3, 1, 1), 64), ((1, 1, 1, 1), 2)]
+    ("heads", "width"),
+    [(GROUPED, 12), (PAIRED, 16), ((9, 3, 1, 1), 64), ((1, 1, 1, 1), 2), ((5, 1, 0, 0), 8)],
 )
 def test_kernels_equal_fp64(heads: tuple[int, ...], width: int, poisoned_memory: None) -> None:
     packed, table = inputs(3, heads, width, torch.float32)
@@ -138,7 +139,7 @@ def test_the_op_passes_opcheck() -> None:
 @pytest.mark.parametrize(
     ("packed", "table", "heads", "message"),
     [
-        ((3, 2, 96), (2, 3, 8), (3, 2, 0, 1), "3 units of 2 query, 0 key and 1 value heads"),
+        ((3, 2, 96), (2, 3, 8), (3, 0, 1, 1), "3 units of 0 query, 1 key and 1 value heads"),
         ((6, 96), (2, 3, 8), GROUPED, "packed heads [6, 96] must be [S, B, heads · D]"),
         ((3, 2, 84), (2, 3, 7), GROUPED, "with an even D"),
         ((3, 2, 88), (2, 3, 8), GROUPED, "12 heads and the rotary table [2, 3, 8] need [3, B, 96]"),

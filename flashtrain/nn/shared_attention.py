@@ -1,0 +1,306 @@
+"""Attention whose queries and keys, or keys and values, may be those of an earlier layer.
+
+QK is EPAS (arXiv 2601.19089). KV is our reconstruction of ECHO-LLaMA (arXiv 2505.17331), of which neither
+code nor tables are public; by its map it is also CLA (arXiv 2405.12981) or like YOCO (arXiv 2405.05254).
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import cast
+
+import torch
+from torch import Tensor, nn
+
+from flashtrain.errors import UserError
+from flashtrain.kernels.rotary.op import rotary_qkv
+from flashtrain.kernels.weight_gradient import Packing
+from flashtrain.nn.attend import Documents, Heads, attend
+from flashtrain.nn.attention import Attention, KeyValues
+from flashtrain.nn.linear import product
+from flashtrain.nn.region import Region, Share, merged, region
+
+PREDECESSOR, INTERVAL = "region_predecessor", "interval:"
+
+
+@dataclass(frozen=True, kw_only=True)
+class Sharing:
+    """Which layers may share what with which. ``Decoder.share`` says how many of them do; first, all do.
+
+    ``share``: queries and keys, or keys and values. ``targets``: the layers, counted from 0, that may take
+    them over; they begin to with the last. Empty: the second half. ``source``: where from.
+
+    * ``region_predecessor``: the nearest layer before that computes its own, for a whole region one layer.
+    * ``interval:N``: the last layer whose number N divides (CLA); the targets are all others.
+    * a map such as ``0_0_2_2``: layer by layer the number of its source (LCKV's ``layer_types``).
+
+    ``grad_to_source``: gradients of the sharing layers reach the source's projections. ``deferred``: form the
+    gradients of shared queries and keys once, at the source. None: for QK.
+    """
+
+    share: Share = "QK"
+    targets: tuple[int, ...] = ()
+    source: str = PREDECESSOR
+    grad_to_source: bool = True
+    deferred: bool | None = None
+
+    @property
+    def is_deferred(self) -> bool:
+        """Whether gradients of the shared heads are formed once."""
+        return self.share == "QK" if self.deferred is None else self.deferred
+
+    def validate(self, layers: int) -> None:
+        """Raise UserError for targets or sources that a model of ``layers`` layers does not have."""
+        if self.share == "KV" and self.deferred:
+            raise UserError("model.sharing.deferred is of QK alone: with KV each layer has other scores")
+        if self.source == PREDECESSOR:
+            targets = self.targets_of(layers)
+            if not targets:
+                raise UserError(f"model.layers is {layers}; at least 2 are needed for one to share")
+            for one, after in zip(targets, (*targets[1:], layers), strict=True):
+                if not 1 <= one < after:
+                    raise UserError(
+                        f"model.sharing.targets has layer {one}; they must ascend, from 1 to {layers - 1}"
+                    )
+            return
+        if self.targets:
+            raise UserError(f"model.sharing.source {self.source} says who shares: leave out sharing.targets")
+        given = self._map(layers)
+        if len(given) != layers:
+            raise UserError(f"model.sharing.source names {len(given)} layers; model.layers is {layers}")
+        for layer, source in enumerate(given):
+            if not (0 <= source <= layer and given[source] == source):
+                raise UserError(
+                    f"model.sharing.source gives layer {layer} layer {source}, which is not one before it "
+                    "that computes its own"
+                )
+        if not self.targets_of(layers):
+            raise UserError(f"model.sharing.source {self.source} lets no layer share")
+
+    def targets_of(self, layers: int) -> tuple[int, ...]:
+        """The layers that may share, ascending."""
+        if self.source == PREDECESSOR:
+            return self.targets or tuple(range(layers - layers // 2, layers))
+        return tuple(layer for layer, source in enumerate(self._map(layers)) if source != layer)
+
+    def sources(self, layers: int, count: int) -> tuple[int, ...]:
+        """For each layer the one whose heads it uses, its own number if it computes them itself.
+
+        The last ``count`` targets share. Raises UserError if there are not as many.
+        """
+        targets = self.targets_of(layers)
+        if not 0 <= count <= len(targets):
+            raise UserError(f"{count} layers cannot share: 0 to {len(targets)} can")
+        found = list(range(layers))
+        given = None if self.source == PREDECESSOR else self._map(layers)
+        for layer in targets[len(targets) - count :]:
+            found[layer] = found[layer - 1] if given is None else given[layer]
+        return tuple(found)
+
+    def _map(self, layers: int) -> tuple[int, ...]:
+        if self.source.startswith(INTERVAL):
+            step = self.source.removeprefix(INTERVAL)
+            if not step.isdecimal() or int(step) < 2:
+                raise UserError(f"model.sharing.source is {self.source}; the interval must be at least 2")
+            return tuple(layer - layer % int(step) for layer in range(layers))
+        words = self.source.split("_")
+        if not all(word.isdecimal() for word in words):
+            raise UserError(
+                f"model.sharing.source is {self.source}; it must be {PREDECESSOR}, {INTERVAL}N or one layer "
+                "number for each layer, as 0_0_2_2"
+            )
+        return tuple(map(int, words))
+
+
+class PackedLinear(nn.Linear):
+    """A linear layer that is computed with another one in one product, as if they were one layer.
+
+    It can be left out of a step; with data parallelism it is gathered only where it is called.
+    """
+
+    def forward(self, x: Tensor, other: nn.Linear, packing: Packing) -> Tensor:  # type: ignore[override]
+        """``x [..., hidden]`` -> ``[..., rows]``, by what ``packing`` makes of both layers' weights."""
+        bias = None if self.bias is None else packing.join(self.bias, other.bias)
+        weights = self.weight, other.weight
+        return product(x, packing.join(*weights), bias, packing.gradient(*weights))
+
+
+class Handover:
+    """Heads on their way from sources to the layers that share them; blocks in between know nothing of it."""
+
+    def __init__(self, config: Sharing) -> None:
+        self.config = config
+        self.regions: dict[int, Region] = {}
+        self.heads: dict[int, Heads] = {}
+
+
+class SourceAttention(Attention):
+    """Attention that hands its heads over to later layers, if ``switch`` says so. Parameters as before."""
+
+    handover: Handover
+    layer: int
+    source: int  # the layer whose heads are used; may be this one
+    # ``forward`` asks for two answers and not for numbers of layers, so that code that is compiled for one
+    # layer serves all that are like it.
+    shares: bool
+    hands_over: bool
+    is_last: bool  # of those that use the source's heads
+
+    def become(self, handover: Handover, layer: int) -> None:
+        """Set up after the class of a plain ``Attention`` was changed to this one."""
+        self.handover, self.layer = handover, layer
+        self.source, self.shares, self.hands_over, self.is_last = layer, False, False, False
+
+    def forward(self, x: Tensor, rotary: Tensor, documents: Documents | None = None) -> Tensor:
+        """See ``Attention.forward``. Raises UserError for ``documents``: shared heads know none."""
+        if documents is not None:
+            raise UserError("train.document_mask is true, but layers of model.sharing know no documents")
+        if not self.hands_over:
+            return super().forward(x, rotary)
+        return self._close(self._open(self.project(x, rotary)))
+
+    @torch.compiler.disable
+    def _open(self, heads: Heads) -> Tensor:
+        config = self.handover.config
+        opened = region(config.share, config.is_deferred, config.grad_to_source)
+        self.handover.regions[self.layer] = opened
+        return opened.open(heads)
+
+    def extend(self, x: Tensor, rotary: Tensor, past: KeyValues | None) -> tuple[Tensor, KeyValues]:
+        """See ``Attention.extend``."""
+        if not self.hands_over:
+            return super().extend(x, rotary, past)
+        heads = self.project(x, rotary)
+        if past is not None:
+            key, value = torch.cat([past.key, heads.key], dim=2), torch.cat([past.value, heads.value], dim=2)
+            heads = Heads(heads.query, key, value)
+        self.handover.heads[self.layer] = heads
+        return self._close(attend(heads)), KeyValues(heads.key, heads.value)
+
+
+class SwitchableAttention(SourceAttention):
+    """Attention that may use an earlier layer's heads, with the projections apart that it then does without.
+
+    QK: ``qk`` and ``v``; KV: ``kv`` and ``q``. The first of each is then not used, and its rows are, for each
+    KV head, those of ``Attention.qkv`` in the same order. Both together are one product with the weight of
+    ``qkv``, formed for it, so that a layer that computes its own heads is the plain one to the bit.
+    """
+
+    names: tuple[str, str]  # of the projection that is not used when sharing, and of the other one
+
+    def become(self, handover: Handover, layer: int) -> None:
+        """See ``SourceAttention.become``; cuts the packed projection in two."""
+        super().become(handover, layer)
+        packed, out = (self._modules.pop(name) for name in ("qkv", "out"))  # both, for the parameters' order
+        assert isinstance(packed, nn.Linear)
+        self.names = ("qk", "v") if handover.config.share == "QK" else ("kv", "q")
+        biases = None if packed.bias is None else self.pieces(packed.bias.detach())
+        for name, weight in self.pieces(packed.weight.detach()).items():
+            kind = PackedLinear if name == self.names[0] else nn.Linear
+            made = kind(packed.in_features, len(weight), bias=biases is not None, device="meta")
+            made.weight = nn.Parameter(weight.clone())
+            if biases is not None:
+                made.bias = nn.Parameter(biases[name].clone())
+            self.add_module(name, made)
+        self.add_module("out", out)
+
+    def pieces(self, packed: Tensor) -> dict[str, Tensor]:
+        """Rows ``[kv heads · (group + 2) · head_dim, ...]`` of ``qkv`` -> those of each own projection."""
+        apart = packed.unflatten(0, (-1, self.group + 2, self.head_dim))
+        first, second = self.names if self.names[0] == "qk" else reversed(self.names)
+        cut = self._slots(first)
+        return {first: apart[:, :cut].flatten(0, 2), second: apart[:, cut:].flatten(0, 2)}
+
+    def qkv(self, x: Tensor) -> Tensor:  # type: ignore[override]
+        """``x [..., hidden]`` -> the packed heads of all three, in one product."""
+        unused, kept = (self.get_submodule(name) for name in self.names)
+        packed: Tensor = unused(x, kept, Packing(self._pack, self._cut))
+        return packed
+
+    def _pack(self, unused: Tensor, kept: Tensor) -> Tensor:
+        """Rows of both projections, or of a share of their heads, as ``qkv`` has them."""
+        apart = [
+            rows.unflatten(0, (-1, self._slots(name), self.head_dim))
+            for name, rows in zip(self.names, (unused, kept), strict=True)
+        ]
+        if self.names[1] == "q":
+            apart.reverse()
+        return torch.cat(apart, dim=1).flatten(0, 2)
+
+    def _cut(self, packed: Tensor) -> list[Tensor]:
+        pieces = self.pieces(packed)
+        return [pieces[name] for name in self.names]
+
+    def _slots(self, name: str) -> int:
+        """Heads of a projection for each KV head."""
+        return {"q": self.group, "qk": self.group + 1, "v": 1, "kv": 2}[name]
+
+    def forward(self, x: Tensor, rotary: Tensor, documents: Documents | None = None) -> Tensor:
+        """See ``SourceAttention.forward``."""
+        if not self.shares or documents is not None:
+            return super().forward(x, rotary, documents)
+        return self._close(self._join(self._own(x, rotary)))
+
+    @torch.compiler.disable
+    def _join(self, own: Tensor) -> Tensor:
+        regions = self.handover.regions
+        opened = regions.pop(self.source) if self.is_last else regions[self.source]
+        return opened.join(own)
+
+    def extend(self, x: Tensor, rotary: Tensor, past: KeyValues | None) -> tuple[Tensor, KeyValues]:
+        """See ``Attention.extend``. What is the source's in the cache is the source's own memory."""
+        if not self.shares:
+            return super().extend(x, rotary, past)
+        handed, share = self.handover.heads, self.handover.config.share
+        theirs = handed.pop(self.source) if self.is_last else handed[self.source]
+        own = self._own(x, rotary)
+        if share == "QK" and past is not None:
+            own = torch.cat([past.value, own], dim=2)
+        heads = merged(share, own, theirs)
+        return self._close(attend(heads)), KeyValues(heads.key, heads.value)
+
+    def _own(self, x: Tensor, rotary: Tensor) -> Tensor:
+        """The heads ``[B, heads, S, D]`` that a sharing layer computes: values, or queries, rotated."""
+        sequence, name = rotary.shape[1], self.names[1]
+        flat: Tensor = self.get_submodule(name)(x)
+        batch, heads = flat.numel() // flat.shape[-1] // sequence, flat.shape[-1] // self.head_dim
+        if name == "q":
+            return rotary_qkv(flat.view(sequence, batch, -1), rotary, heads, 1, 0, 0)[0]
+        return flat.view(sequence, batch, heads, self.head_dim).permute(1, 2, 0, 3)
+
+    def flops_per_token(self, sequence: int) -> float:
+        """See ``Attention.flops_per_token``; a projection that is not used has none."""
+        used = [*self.names[self.shares :], "out"]
+        weights = [self.get_parameter(f"{name}.weight") for name in used]
+        return 2.0 * sum(w.numel() for w in weights) + 2.0 * sequence * weights[-1].shape[1]
+
+
+def make_switchable(attentions: Sequence[nn.Module], config: Sharing) -> None:
+    """Let ``attentions``, one of each layer in order, share as ``config`` says; all targets do at first.
+
+    Changes classes and parameters in place. Raises UserError for a layer whose mixer is no ``Attention``.
+    """
+    layers, handover = len(attentions), Handover(config)
+    targets = config.targets_of(layers)
+    sources = {source for count in range(len(targets) + 1) for source in config.sources(layers, count)}
+    for layer, attention in enumerate(attentions):
+        kind = SwitchableAttention if layer in targets else SourceAttention if layer in sources else None
+        if kind is None:
+            continue
+        if type(attention) is not Attention:
+            raise UserError(f"layer {layer} cannot share: its mixer is a {type(attention).__name__}")
+        attention.__class__ = kind
+        cast(SourceAttention, attention).become(handover, layer)
+    switch(attentions, config, len(targets))
+
+
+def switch(attentions: Sequence[nn.Module], config: Sharing, count: int) -> None:
+    """Let the last ``count`` targets share, and the others compute their own heads."""
+    sources = config.sources(len(attentions), count)
+    for layer, attention in enumerate(attentions):
+        if isinstance(attention, SourceAttention):
+            users = [user for user, source in enumerate(sources) if source == sources[layer]]
+            attention.source, attention.shares = sources[layer], sources[layer] != layer
+            attention.hands_over = users[0] == layer and len(users) > 1
+            attention.is_last = users[-1] == layer
+            attention.handover.regions.clear()
+            attention.handover.heads.clear()

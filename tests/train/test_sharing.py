@@ -1,0 +1,306 @@
+"""Runs whose layers begin to share: switched off the plain run, resumed the unbroken one, on every mesh."""
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+from torch.distributed.tensor import DTensor
+
+from flashtrain.comm import transport
+from flashtrain.data import Corpus
+from flashtrain.errors import UserError
+from flashtrain.methods.callback import Run
+from flashtrain.methods.progressive_sharing import ProgressiveSharing
+from flashtrain.models import hf
+from flashtrain.models.decoder import Decoder
+from flashtrain.nn.shared_attention import Sharing, SwitchableAttention
+from flashtrain.parallel.mesh import DATA, Degrees
+from flashtrain.recipes import RECIPES
+from flashtrain.train import snapshot
+from flashtrain.train.optimizer import AdamW
+from flashtrain.train.settings import Training
+from flashtrain.train.trainer import Trainer
+from tests.distributed import run_distributed
+from tests.train.runs import metrics, train, trajectory, write_text
+
+QK, KV = Sharing(targets=(1, 2, 3)), Sharing(share="KV", targets=(1, 2, 3))
+NEVER, SOON = ProgressiveSharing.Config(interval=1000), ProgressiveSharing.Config(interval=1)
+STEPS = 5  # with SOON 0, 1, 2, 3, 3 layers share
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    return write_text(tmp_path_factory.mktemp("text") / "text.txt")
+
+
+def config(text: Path, tensor: int = 1, data: int = 1, **changes: Any) -> Trainer.Config:
+    """A tiny run; its gradients are clipped in every step."""
+    made = Trainer.Config(
+        model=Decoder.Config(hidden=64, layers=4, heads=8, kv_heads=4, mlp_width=256),
+        data=Corpus.Config(source=str(text)),
+        train=Training(steps=STEPS, batch=4, sequence=30, evaluation_windows=8),
+        optimizer=AdamW.Config(learning_rate=1e-2, warmup=2, clip_norm=0.1),
+        parallel=Degrees(tensor=tensor, data=data),
+        comm=transport.Settings(timeout=60),
+    )
+    return replace(made, **changes)
+
+
+def shared(text: Path, sharing: Sharing, schedule: Any, *degrees: int) -> Trainer.Config:
+    plain = config(text, *degrees)
+    return replace(plain, model=replace(plain.model, sharing=sharing), sharing=schedule)
+
+
+class Steps:
+    """A trainer that takes steps one at a time, from the latest checkpoint in ``out`` if there is one."""
+
+    def __init__(self, settings: Trainer.Config, out: str = "unused") -> None:
+        torch.use_deterministic_algorithms(True)
+        torch.utils.deterministic.fill_uninitialized_memory = True
+        transport.configure(settings.comm)
+        self.trainer = Trainer(settings, Path(out))
+        self.trainer._build(torch.device("cpu"))
+        self.next, states = self.trainer._resume()
+        self.callback = None
+        if settings.sharing is not None:
+            self.callback = ProgressiveSharing(settings.sharing, self.trainer.model)
+            self.callback.load_state_dict(states.get("ProgressiveSharing", {}))
+            self.callback.on_start(Run(Path(out), self.next, STEPS, "", ""))
+
+    def take(self, count: int) -> list[tuple[float, float]]:
+        """Losses and gradient norms of ``count`` steps."""
+        found = []
+        for step in range(self.next, self.next + count):
+            if self.callback is not None:
+                self.callback.before_step(step)
+            rate = self.trainer.config.optimizer.learning_rate_at(step, STEPS)
+            result = self.trainer.step(step, rate, self.trainer._batches(step))
+            found.append((result.loss, result.grad_norm))
+        self.next += count
+        return found
+
+    def save(self) -> None:
+        trainer, states = self.trainer, {"ProgressiveSharing": self.callback.state_dict()}
+        snapshot.save(trainer.store, self.next - 1, trainer.model, trainer.optimizer, trainer.config, states)
+
+    def tensors(self) -> dict[str, Tensor]:
+        """Weights, moments and masters, whole."""
+        found = dict(self.trainer.model.named_parameters()) | self.trainer.optimizer.state()
+        return {
+            name: (t.full_tensor() if isinstance(t, DTensor) else t).detach().clone()
+            for name, t in found.items()
+        }
+
+
+def packed(tensors: dict[str, Tensor], like: dict[str, Tensor], model: Decoder) -> list[str]:
+    """Names in which ``tensors``, of a model that may share, differ from ``like``, those of a plain one."""
+    apart = {f"{name}.qkv": m for name, m in model.named_modules() if isinstance(m, SwitchableAttention)}
+    wanted: dict[str, Tensor] = {}
+    for name, whole in like.items():
+        prefix, _, kind = name.partition(".weight")
+        if prefix in apart:
+            place = prefix.removesuffix("qkv")
+            pieces = apart[prefix].pieces(whole)
+            wanted |= {f"{place}{piece}.weight{kind}": rows for piece, rows in pieces.items()}
+        else:
+            wanted[name] = whole
+    assert wanted.keys() == tensors.keys()
+    return [name for name, tensor in wanted.items() if not torch.equal(tensors[name], tensor)]
+
+
+def _switched_off(rank: int, world: int, plain: Trainer.Config, others: list[Trainer.Config]) -> list[str]:
+    failures = []
+    for dtype in ("float32", "bfloat16"):
+        narrow = [replace(one, train=replace(one.train, dtype=dtype)) for one in (plain, *others)]
+        baseline = Steps(narrow[0])
+        wanted, weights = baseline.take(2), baseline.tensors()
+        for other in narrow[1:]:
+            steps = Steps(other)
+            if (found := steps.take(2)) != wanted:
+                failures.append(f"{other.model.sharing}: {found} instead of {wanted}")
+            failures += packed(steps.tensors(), weights, steps.trainer.model)
+    return failures
+
+
+@pytest.mark.parametrize("degrees", [(1, 1), (2, 1), (1, 2)])
+def test_before_the_first_switch_it_is_the_plain_run_to_the_bit(text: Path, degrees: tuple[int, int]) -> None:
+    """Losses, gradient norms, and after clipped steps weights and moments."""
+    others = [shared(text, way, NEVER, *degrees) for way in (QK, KV)]
+    world = degrees[0] * degrees[1]
+    assert run_distributed(_switched_off, world, config(text, *degrees), others) == [[]] * world
+
+
+def _trajectories(rank: int, world: int, settings: list[Trainer.Config]) -> list[list[tuple[float, float]]]:
+    return [Steps(one).take(STEPS) for one in settings]
+
+
+@pytest.fixture(scope="module")
+def one_rank(text: Path) -> list[list[tuple[float, float]]]:
+    return run_distributed(_trajectories, 1, [shared(text, way, SOON) for way in (QK, KV)])[0]
+
+
+@pytest.mark.parametrize("degrees", [(2, 1), (1, 2), (2, 2)])
+def test_regions_over_many_ranks_train_as_on_one(
+    text: Path, one_rank: list[list[tuple[float, float]]], degrees: tuple[int, int]
+) -> None:
+    settings = [shared(text, way, SOON, *degrees) for way in (QK, KV)]
+    for runs in run_distributed(_trajectories, degrees[0] * degrees[1], settings):
+        for losses, alone in zip(runs, one_rank, strict=True):
+            for step, ((loss, norm), (wanted, wanted_norm)) in enumerate(zip(losses, alone, strict=True), 1):
+                assert loss == pytest.approx(wanted, rel=1e-4), step
+                assert norm == pytest.approx(wanted_norm, rel=1e-3), step
+
+
+def _broken(
+    rank: int, world: int, settings: Trainer.Config, other: Trainer.Config, out: str
+) -> dict[str, Any]:
+    """A run of all steps, and one that is saved before a switch and goes on: there, and on another mesh."""
+    unbroken = Steps(settings)
+    wanted = unbroken.take(STEPS)
+    first = Steps(settings, out)
+    found = first.take(2)
+    first.save()
+    second = Steps(settings, out)
+    counts = first.callback.shared, second.callback.shared
+    found += second.take(STEPS - 2)
+    one, two = unbroken.tensors(), second.tensors()
+    elsewhere = Steps(other, out)
+    moved = [name for name, t in first.tensors().items() if not torch.equal(elsewhere.tensors()[name], t)]
+    return {
+        "trajectory": found == wanted,
+        "tensors": [name for name in one if not torch.equal(one[name], two[name])],
+        "counts": counts,
+        "moved": moved,
+        "elsewhere": [abs(a - b) for (a, _), (b, _) in zip(elsewhere.take(2), wanted[2:4], strict=True)],
+    }
+
+
+@pytest.mark.parametrize(("degrees", "others"), [((1, 2), (2, 1)), ((2, 1), (1, 2))])
+def test_resuming_across_a_switch_gives_the_bits_of_the_unbroken_run(
+    text: Path, tmp_path: Path, degrees: tuple[int, int], others: tuple[int, int]
+) -> None:
+    settings, other = (shared(text, QK, SOON, *each) for each in (degrees, others))
+    for found in run_distributed(_broken, 2, settings, other, str(tmp_path)):
+        assert found["counts"] == (1, 2), "saved with one layer that shares, continued with two"
+        assert found["trajectory"]
+        assert found["tensors"] == found["moved"] == []
+        assert max(found["elsewhere"]) < 1e-3
+
+
+def _left_out(rank: int, world: int, settings: Trainer.Config, unused: str) -> list[str]:
+    """What happens to projections that no step uses: not gathered, not updated, not decayed."""
+    failures = []
+    steps = Steps(settings)
+    mover = transport.of(steps.trainer.mesh[DATA].get_group().group_name, torch.device("cpu"))
+    real, gathered = mover.open, []
+
+    def open(schedule: Any, site: str) -> Any:
+        gathered.append(site)
+        return real(schedule, site)
+
+    mover.open = open
+    for layers in (0, 1, 3):
+        while steps.callback.config.shared_at(steps.next, 3) < layers:
+            steps.take(1)
+        before = steps.tensors()
+        gathered.clear()
+        steps.take(1)
+        after = steps.tensors()
+        for layer in (1, 2, 3):
+            name = f"layers.{layer}.attention.{unused}"
+            used = layer < 4 - layers
+            if (f"{name} (data)" in gathered) != used:
+                failures.append(f"{layers} share, and {name} was {'not ' * used}gathered")
+            kinds = [n for n in after if n.startswith(f"{name}.")]
+            if len(kinds) != 3:
+                failures.append(f"{name} has {kinds}")
+            for kind in kinds:
+                if torch.equal(before[kind], after[kind]) == used:
+                    failures.append(f"{layers} share, and {kind} {'did not move' if used else 'moved'}")
+    return failures
+
+
+@pytest.mark.parametrize(("sharing", "unused"), [(QK, "qk"), (KV, "kv")])
+def test_unused_projections_are_neither_gathered_nor_decayed(
+    text: Path, sharing: Sharing, unused: str
+) -> None:
+    assert run_distributed(_left_out, 2, shared(text, sharing, SOON, 1, 2), unused) == [[]] * 2
+
+
+def _from_packed(rank: int, world: int, plain: Trainer.Config, other: Trainer.Config, out: str) -> list[str]:
+    first = Steps(plain, out)
+    first.take(1)
+    first.callback = ProgressiveSharing(SOON, Decoder(other.model))
+    first.save()
+    loaded = Steps(replace(other, train=replace(other.train, init_from=Path(out))), out + "-other")
+    weights = {n: t for n, t in first.tensors().items() if n in dict(first.trainer.model.named_parameters())}
+    like = weights | {f"{n}.{m}": torch.zeros_like(t) for n, t in weights.items() for m in
+                      ("exp_avg", "exp_avg_sq")}  # fmt: skip
+    return packed(loaded.tensors(), like, loaded.trainer.model)
+
+
+@pytest.mark.parametrize("degrees", [(2, 1), (1, 2)])
+def test_a_run_that_shares_starts_from_weights_that_do_not(
+    text: Path, tmp_path: Path, degrees: tuple[int, int]
+) -> None:
+    plain = config(text, *degrees)
+    other = shared(text, KV, SOON, *degrees)
+    out = str(tmp_path / "run")
+    assert run_distributed(_from_packed, 2, plain, other, out) == [[]] * 2
+
+
+def test_a_run_counts_fewer_flops_and_goes_on_across_a_switch(text: Path, tmp_path: Path) -> None:
+    settings = {
+        "model__layers": 4,
+        "model__sharing.class": "Sharing",
+        "sharing__class": "ProgressiveSharing.Config",
+        "sharing__interval": 2,
+        "parallel__tensor": 1,
+        "train__steps": 5,
+        "checkpoint__every": 2,
+    }
+    done = train(tmp_path / "whole", text, **settings)
+    assert done.returncode == 0, done.stderr
+    assert "step 3: 1 of 2 layers share" in done.stderr
+    flops = [m["tflops_per_s"] / m["tokens_per_s"] for m in metrics(tmp_path / "whole")]
+    assert flops[:4] == pytest.approx([flops[0], flops[0], flops[2], flops[2]])
+    assert flops[1] > flops[3] > flops[4]
+
+    shutil.copytree(tmp_path / "whole", tmp_path / "broken")
+    last, before = sorted((tmp_path / "broken/checkpoints").glob("step-*"), reverse=True)
+    shutil.rmtree(last)
+    sources = []
+    for checkpoint in (before, tmp_path / "whole"):
+        model, _ = snapshot.load_model(snapshot.find(checkpoint))
+        sources.append([layer.attention.source for layer in model.layers[2:]])
+    assert sources == [[2, 2], [1, 1]], "a model is loaded as it was trained"
+    assert train(tmp_path / "broken", text, **settings).returncode == 0
+    assert trajectory(tmp_path / "broken") == trajectory(tmp_path / "whole")
+
+
+def test_a_schedule_without_layers_that_may_share_is_refused(text: Path) -> None:
+    with pytest.raises(UserError, match=r"set model\.sharing"):
+        replace(config(text), sharing=SOON).validate()
+    with pytest.raises(UserError, match=r"sharing\.growth 2 must divide"):
+        shared(text, QK, replace(SOON, growth=2)).validate()
+
+
+def test_what_cannot_be_exported_or_paired_is_refused(text: Path) -> None:
+    model = shared(text, QK, SOON).model
+    with pytest.raises(UserError, match=r"model\.sharing has no model of transformers"):
+        hf.weights(model)
+    with pytest.raises(UserError, match=r"leave out model\.sharing"):
+        replace(model, pairing="gqa-4").validate()
+
+
+@pytest.mark.parametrize(("name", "layers"), [("epas", 3), ("echo", 3), ("epas-1b", 11), ("echo-1b", 11)])
+def test_recipes_let_half_of_the_layers_share_by_the_end(name: str, layers: int) -> None:
+    recipe = RECIPES[name]()
+    recipe.validate()
+    assert recipe.sharing.shared_at(1, layers) == 0
+    assert recipe.sharing.shared_at(recipe.train.steps, layers) == layers
+    assert len(recipe.model.sharing.targets_of(recipe.model.layers)) == layers
