@@ -26,7 +26,7 @@ from flashtrain.nn.attend import settings as attention_settings
 from flashtrain.parallel.mesh import DATA
 from flashtrain.train import attention
 from flashtrain.train.build import Built, build_step, describe, distribute
-from flashtrain.train.step import Batch, StepResult
+from flashtrain.train.step import Batch, StepUnderWay
 from flashtrain.train.trainer import Trainer
 
 _SAMPLES_EVERY = 0.1
@@ -85,18 +85,20 @@ class Workbench:
             made.append((*both, *own))  # type: ignore[arg-type]
         return made
 
-    def one(self) -> StepResult:
-        """The next step."""
+    def one(self) -> StepUnderWay:
+        """The next step, begun: the host is not to wait for it, as in a run."""
         self._done += 1
         rate = self.config.optimizer.learning_rate_at(self._done, 1000)
-        return self.step(self._done, rate, self._batches[self._done % 2])
+        return self.step.begin(self._done, rate, self._batches[self._done % 2])
 
     def run(self, steps: int, warmup: int) -> Timed:
         """Time ``steps`` after ``warmup`` others; ``results`` are then those of the timed ones."""
         for _ in range(warmup):
             self.one()
-        self.results: list[StepResult] = []
-        return measure(lambda: self.results.append(self.one()), steps, self.device)
+        begun: list[StepUnderWay] = []
+        timed = measure(lambda: begun.append(self.one()), steps, self.device)
+        self.results = [step.result() for step in begun]
+        return timed
 
     def close(self) -> None:
         """Free the model, its optimizer and the transports' memory."""
