@@ -29,8 +29,8 @@ def add_parser(subparsers: Any) -> None:
         "recipe",
         metavar="RECIPE",
         help=(
-            "where settings start: demo or continue-pretraining or gqkva or gqkva-1b or hybrid or flowhn or "
-            "flowhn-350m or epas or echo or epas-1b or echo-1b or llama-1b or llama-8b or llama-70b or "
+            "where settings start: demo or continue-pretraining or gqkva or gqkva-1b or epas or echo or "
+            "epas-1b or echo-1b or hybrid or flowhn or flowhn-350m or llama-1b or llama-8b or llama-70b or "
             "llama-70b-4layers"
         ),
     )
