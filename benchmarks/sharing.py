@@ -272,7 +272,7 @@ def bound(config: Decoder.Config, sharing: Sharing | None, sequence: int) -> flo
     if sharing is None:
         return 1.0
     shared = len(sharing.targets_of(config.layers))
-    saved = 2 * shared if sharing.share == "QK" and sharing.is_deferred else 0
+    saved = 2 * shared if sharing.deferred else 0
     return operations(0, 0, 0) / operations(shared, 2 * config.hidden, saved)
 
 

@@ -186,8 +186,7 @@ def epas() -> Trainer.Config:
 
     Every 80 steps one more of the last three; the last 120 steps train with all three.
     """
-    # On a CPU, gradients that are formed once are formed from whole matrices of scores.
-    return _progressive(demo(), Sharing(share="QK", deferred=False), interval=80)
+    return _progressive(demo(), Sharing(share="QK"), interval=80)
 
 
 def echo() -> Trainer.Config:

@@ -8,7 +8,7 @@ from torch.nn.functional import linear, scaled_dot_product_attention
 
 from flashtrain.kernels.pairing_attention.config import refusal
 from flashtrain.kernels.pairing_attention.op import pairing_attention
-from flashtrain.nn.attend import Heads, attend
+from flashtrain.nn.attend import Heads, attend, settings
 from flashtrain.nn.pairing import Pairing
 
 Method = Literal["kernel", "expand"]
@@ -105,11 +105,13 @@ def attend_pairs(heads: Heads, pairing: Pairing, causal: bool = True, method: Me
     """Attention ``[B, pairs, S, D]`` of query ``[B, n_q, S, D]`` and keys, values ``[B, n_kv, T, D]``.
 
     ``expand`` copies heads where several pairs use them and calls ``attend``; ``kernel`` (GPU) never does.
-    By default the kernel runs for what it takes. Raises UserError for ``kernel`` on heads it does not take.
+    By default the kernel runs for what it takes, unless gradients may be in any order: then torch's backward
+    pass is the faster one, copies included (benchmarks/pairing.py). Raises UserError for ``kernel`` on heads
+    that it does not take.
     """
     query, key, value = heads
     if method is None:
-        fits = query.is_cuda and query.shape[2] >= _FEWEST_ROWS
+        fits = query.is_cuda and query.shape[2] >= _FEWEST_ROWS and settings().deterministic
         method = "kernel" if fits and refusal(query.dtype, query.shape[3]) is None else "expand"
     if method == "kernel":
         return pairing_attention(query, key, value, pairing.query_of, pairing.key_of, causal)[0]

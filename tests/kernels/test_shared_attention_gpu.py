@@ -141,7 +141,7 @@ def test_query_heads_alone_are_rotated() -> None:
     assert error(leaf.grad, wide.grad) < 1e-6
 
 
-@pytest.mark.parametrize("sharing", [Sharing(), Sharing(deferred=False), Sharing(share="KV")])
+@pytest.mark.parametrize("sharing", [Sharing(deferred=True), Sharing(deferred=False), Sharing(share="KV")])
 def test_a_decoder_whose_layers_share_equals_itself_on_the_cpu(sharing: Sharing) -> None:
     config = Decoder.Config(hidden=256, layers=4, heads=4, kv_heads=2, mlp_width=256, sharing=sharing)
     tokens, targets = torch.randint(0, 256, (2, 200, 2))

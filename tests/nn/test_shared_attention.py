@@ -17,7 +17,7 @@ from flashtrain.nn.attention import Attention
 from flashtrain.nn.shared_attention import Sharing, SwitchableAttention
 
 CONFIG = Decoder.Config(vocabulary=50, hidden=48, layers=6, heads=6, kv_heads=2, mlp_width=64, qkv_bias=True)
-QK, KV = Sharing(targets=(3, 4, 5)), Sharing(share="KV", targets=(3, 4, 5))
+QK, KV = Sharing(targets=(3, 4, 5), deferred=True), Sharing(share="KV", targets=(3, 4, 5))
 LAYER_BY_LAYER = replace(QK, deferred=False)
 
 
@@ -151,7 +151,7 @@ def test_gradients_need_not_reach_the_source(sharing: Sharing) -> None:
 )
 @pytest.mark.parametrize("share", ["QK", "KV"])
 def test_maps_are_those_of_cla_yoco_and_lckv(share: Any, source: str, wanted: list[int]) -> None:
-    sharing = Sharing(share=share, source=source)
+    sharing = Sharing(share=share, source=source, deferred=share == "QK")
     sharing.validate(6)
     targets = [layer for layer, own in enumerate(wanted) if own != layer]
     assert list(sharing.targets_of(6)) == targets
