@@ -110,7 +110,7 @@ class _Kernels:
         narrow = factor.float()
         scalars = (
             values.rate / (1 - values.beta1**values.update),
-            (1 - values.beta2**values.update) ** 0.5,
+            (1 - values.beta2**values.update) ** -0.5,
             1 - values.rate * values.decay,
             1 - values.beta1,
             values.beta2,
