@@ -143,12 +143,15 @@ def test_a_cut_cable_ends_every_rank_and_the_run_goes_on_to_the_same_bits(
                 process.kill()
             launcher.kill()
     told = [launcher.communicate(timeout=30)[1] for launcher in launchers]
+    # Who gives up first ends its neighbours: their launcher stops them, or they miss it before the cable.
+    across = False
     for host, errors in enumerate(told):
         lines = [line for line in errors.splitlines() if line.startswith("flashtrain: error: ")]
-        assert len(lines) == 2, errors
-        assert all("peer rank" in line for line in lines)
-        across = [f"rank {2 * host + n}" for n in (0, 1)], [f"peer rank {2 - 2 * host + n}" for n in (0, 1)]
-        assert any(own in line and peer in line for line in lines for own, peer in zip(*across, strict=True))
+        assert lines, errors
+        assert all("peer rank" in line for line in lines), errors
+        pairs = [(f"rank {2 * host + n}", f"peer rank {2 - 2 * host + n}") for n in (0, 1)]
+        across |= any(own in line and peer in line for line in lines for own, peer in pairs)
+    assert across, told
     assert len(trajectory(out)) < SETTINGS["train__steps"]
 
     hosts.mend()
