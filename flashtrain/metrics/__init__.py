@@ -1,7 +1,7 @@
-"""What a run measures: FLOPs against the hardware's peak, memory, one record a step, and its events."""
+"""What a run measures: the peak of the hardware, memory, one record a step, and its events."""
 
 from flashtrain.metrics.events import Event
-from flashtrain.metrics.flops import peak_flops, training_flops_per_token
+from flashtrain.metrics.flops import peak_flops
 from flashtrain.metrics.memory import current_memory, peak_memory, reset_peak_memory
 from flashtrain.metrics.report import StepMetrics
 
@@ -12,5 +12,4 @@ __all__ = [
     "peak_flops",
     "peak_memory",
     "reset_peak_memory",
-    "training_flops_per_token",
 ]

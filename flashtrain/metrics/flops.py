@@ -1,4 +1,4 @@
-"""FLOPs of training, and the dense peak that a device could do."""
+"""The dense peak that a device could do."""
 
 import re
 from typing import Literal, NamedTuple
@@ -78,16 +78,3 @@ def peak_flops(device_name: str, dtype: torch.dtype | Literal["tf32"]) -> float 
     else:
         peak = None
     return None if peak is None else peak * 1e12
-
-
-def training_flops_per_token(
-    parameters_without_input_embedding: int, layers: int, sequence: int, attention_width: int
-) -> float:
-    """Model FLOPs of forward and backward for one token: ``6 N + 6 L s d``.
-
-    N counts every weight that a token is multiplied by: all but the input embedding, which is a look-up
-    (a tied output projection counts). d is heads times head size of the queries. Source: PaLM, arXiv
-    2204.02311, appendix B, which gives ``6 N + 12 L H Q T``; the second term is halved here because a
-    causal query meets half of the keys on average. Recomputed activations do not count.
-    """
-    return 6.0 * parameters_without_input_embedding + 6.0 * layers * sequence * attention_width

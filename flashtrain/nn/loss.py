@@ -1,16 +1,8 @@
-"""Training losses as modules, so that parallelism can replace them from outside."""
+"""Output projection and loss as one module, so that parallelism can replace both from outside."""
 
 from torch import Tensor, nn
-from torch.nn.functional import cross_entropy
 
 from flashtrain.kernels.cross_entropy.op import linear_cross_entropy
-
-
-class CrossEntropy(nn.Module):
-    """Mean cross-entropy in nats: ``logits [..., V]``, ``targets [...]`` -> scalar, computed in fp32."""
-
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return cross_entropy(logits.flatten(0, -2).float(), targets.flatten())
 
 
 class Head(nn.Linear):

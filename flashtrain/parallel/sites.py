@@ -78,8 +78,6 @@ def _tensor_site(name: str, module: nn.Module, rows: int, world: int, mover: str
             return _product(name, _sizes(module), scatter, backward, rows, world, mover)
         case tensor.VocabularyParallelEmbedding():
             return _exposed(name, "reduce-scatter", "all-gather", "a look-up: there is no product beside it")
-        case tensor.VocabularyParallelCrossEntropy():
-            return _exposed(name, "all-gather", "", "three numbers a row, and no product beside them")
         case ssm.SSMHeadsMixer():
             return _product(name, module.sizes(), gather, column_backward, rows, world, mover)
         case ssm.RowRouting():

@@ -139,13 +139,6 @@ class VocabularyParallelEmbedding(_OverTensorGroup, nn.Embedding):
         return self._shard_like(shard, tokens.unsqueeze(-1))
 
 
-class VocabularyParallelCrossEntropy(_OverTensorGroup, nn.Module):
-    """Cross-entropy over logits whose vocabulary is sharded; the loss is the same on every rank."""
-
-    def forward(self, logits: Tensor, targets: Tensor) -> Tensor:
-        return vocabulary_parallel_cross_entropy(logits, targets, self.group, self.site)
-
-
 @dataclass
 class _Style(ParallelStyle):
     rows: Rows | None = None
@@ -220,13 +213,6 @@ class VocabularyParallel(_Style):
         return self._convert(module, nn.Embedding, VocabularyParallelEmbedding, device_mesh, {"weight": 0})
 
 
-class VocabularyParallelLoss(_Style):
-    """Replace a module ``loss(logits, targets)`` by one whose logits are sharded by vocabulary."""
-
-    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
-        return self._convert(module, nn.Module, VocabularyParallelCrossEntropy, device_mesh, {})
-
-
 class SequenceParallel(_Style):
     """Run a module (a norm, dropout) on row shards. Its parameters stay whole on every rank."""
 
@@ -242,5 +228,4 @@ __all__ = [
     "SequenceParallel",
     "VocabularyParallel",
     "VocabularyParallelHead",
-    "VocabularyParallelLoss",
 ]

@@ -6,9 +6,9 @@ from dataclasses import fields
 from typing import TYPE_CHECKING, Any
 
 from flashtrain.errors import UserError
+from flashtrain.methods.callback import Callback, Run
 from flashtrain.metrics.events import Event
 from flashtrain.metrics.report import StepMetrics
-from flashtrain.train.callbacks import Callback, Run
 from flashtrain.train.sinks import TensorBoard
 
 if TYPE_CHECKING:

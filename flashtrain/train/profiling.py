@@ -9,8 +9,8 @@ from typing import Any
 import torch
 from torch.profiler import ProfilerActivity, profile
 
+from flashtrain.methods.callback import Callback, Run
 from flashtrain.metrics.report import StepMetrics
-from flashtrain.train.callbacks import Callback, Run
 
 _log = logging.getLogger(__name__)
 

@@ -9,11 +9,11 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, ClassVar, TextIO
 
 from flashtrain.errors import UserError
+from flashtrain.methods.callback import Callback, Run
 from flashtrain.metrics import events
 from flashtrain.metrics.events import Event
 from flashtrain.metrics.history import EVALUATIONS, METRICS
 from flashtrain.metrics.report import StepMetrics, from_json, to_json
-from flashtrain.train.callbacks import Callback, Run
 
 if TYPE_CHECKING:
     from torch.utils.tensorboard import SummaryWriter

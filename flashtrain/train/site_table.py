@@ -7,9 +7,9 @@ from collections.abc import Sequence
 from dataclasses import asdict, replace
 from typing import TextIO
 
+from flashtrain.methods.callback import Callback, Run
 from flashtrain.metrics.history import SITES
 from flashtrain.parallel.sites import Site
-from flashtrain.train.callbacks import Callback, Run
 
 
 class SiteTable(Callback):

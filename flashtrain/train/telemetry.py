@@ -8,10 +8,10 @@ from typing import TextIO
 import torch
 
 from flashtrain.errors import UserError
+from flashtrain.methods.callback import Callback, Run
 from flashtrain.metrics.gpu import Gpu
 from flashtrain.metrics.history import telemetry_file
 from flashtrain.metrics.report import StepMetrics
-from flashtrain.train.callbacks import Callback, Run
 
 _log = logging.getLogger(__name__)
 

@@ -23,6 +23,7 @@ from flashtrain.data import Corpus, PreparedData, open_source
 from flashtrain.data.source import HeldOut, resolved
 from flashtrain.data.tokenizer import keep_tokenizer
 from flashtrain.errors import Stopped, TransportError, UserError
+from flashtrain.methods.callback import Callback, Run
 from flashtrain.methods.progressive_sharing import ProgressiveSharing
 from flashtrain.metrics import Event, StepMetrics, peak_memory
 from flashtrain.metrics.history import CONFIG
@@ -37,7 +38,6 @@ from flashtrain.parallel.mesh import DATA, Degrees
 from flashtrain.train import attention, faults, ranks, snapshot
 from flashtrain.train import places as where
 from flashtrain.train.build import build_model, build_step, start_from
-from flashtrain.train.callbacks import Callback, Run
 from flashtrain.train.faults import Fault
 from flashtrain.train.optimizer import AdamW
 from flashtrain.train.settings import Checkpointing, Training

@@ -6,10 +6,11 @@ from dataclasses import dataclass
 import torch
 
 from flashtrain.errors import UserError
+from flashtrain.methods.callback import Callback
 from flashtrain.parallel.sites import Site
-from flashtrain.train.callbacks import Callback, ProgressBar
 from flashtrain.train.dashboards import LOOPBACK, Prometheus, WeightsAndBiases
 from flashtrain.train.profiling import MemorySnapshot, Profiler
+from flashtrain.train.progress import ProgressBar
 from flashtrain.train.sinks import JsonLines, LossPlot, TensorBoard
 from flashtrain.train.site_table import SiteTable
 from flashtrain.train.telemetry import GpuTelemetry

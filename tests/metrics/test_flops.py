@@ -1,7 +1,7 @@
 import pytest
 import torch
 
-from flashtrain.metrics import peak_flops, training_flops_per_token
+from flashtrain.metrics import peak_flops
 
 
 @pytest.mark.parametrize(
@@ -58,11 +58,3 @@ def test_peaks_by_dtype() -> None:
 )
 def test_an_unknown_device_has_no_peak(name: str) -> None:
     assert peak_flops(name, torch.bfloat16) is None
-
-
-def test_training_flops_agree_with_a_count_of_products() -> None:
-    layers, sequence, width, vocab = 3, 16, 8, 32
-    projections = layers * 12 * width * width + vocab * width
-    # Each of score and value product: 2 FLOPs x width for every key a query meets; backward costs twice.
-    attention = layers * 3 * 2 * 2 * width * sequence / 2
-    assert training_flops_per_token(projections, layers, sequence, width) == 6 * projections + attention

@@ -11,7 +11,7 @@ from torch.distributed.tensor.parallel import parallelize_module
 
 from flashtrain.comm import transport
 from flashtrain.errors import UserError
-from flashtrain.nn.loss import CrossEntropy
+from flashtrain.nn.loss import Head
 from flashtrain.parallel import apply, tensor
 from flashtrain.parallel.mesh import TENSOR
 from tests.distributed import run_distributed
@@ -29,15 +29,13 @@ class Net(nn.Module):
         self.norm = nn.LayerNorm(12)
         self.up = nn.Linear(12, 36)
         self.down = nn.Linear(36, 12)
-        self.head = nn.Linear(12, 24)
-        self.loss = CrossEntropy()
+        self.head = Head(12, 24)
         self.to(dtype)
 
     def forward(self, tokens: Tensor, targets: Tensor) -> tuple[Tensor, Tensor]:
         x = self.embedding(tokens)
         x = x + self.down(torch.relu(self.up(self.norm(x))))
-        logits = self.head(x)
-        return logits, self.loss(logits, targets)
+        return self.head(x), self.head(x, targets)
 
 
 def plan(rows: tensor.Rows | None) -> dict[str, tensor._Style]:
@@ -46,8 +44,7 @@ def plan(rows: tensor.Rows | None) -> dict[str, tensor._Style]:
         "norm": tensor.SequenceParallel(rows),
         "up": tensor.ColumnParallel(rows),
         "down": tensor.RowParallel(rows),
-        "head": tensor.ColumnParallel(rows),
-        "loss": tensor.VocabularyParallelLoss(rows),
+        "head": tensor.VocabularyParallelHead(rows),
     }
 
 
@@ -135,7 +132,6 @@ def test_parameters_become_dtensors_with_the_usual_placements() -> None:
         "down.weight": str(Shard(1)),
         "down.bias": "whole",
         "head.weight": str(Shard(0)),
-        "head.bias": str(Shard(0)),
     }
     assert run_distributed(_placements, 2) == [wanted] * 2
 

@@ -2,8 +2,8 @@
 
 from pathlib import Path
 
+from flashtrain.methods.callback import Run
 from flashtrain.metrics import StepMetrics
-from flashtrain.train.callbacks import Run
 
 METRICS = StepMetrics(
     step=1,

@@ -13,10 +13,10 @@ from flashtrain import recipes
 from flashtrain.checkpoint import CheckpointStore
 from flashtrain.data import Corpus
 from flashtrain.errors import Stopped, UserError
+from flashtrain.methods.callback import Callback
 from flashtrain.metrics.report import StepMetrics
 from flashtrain.models.decoder import Decoder
 from flashtrain.train import ranks, trainer
-from flashtrain.train.callbacks import Callback
 from flashtrain.train.faults import Fault
 from flashtrain.train.settings import Training
 from flashtrain.train.skips import SkipRule

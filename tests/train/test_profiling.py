@@ -8,7 +8,7 @@ from typing import Any
 import pytest
 import torch
 
-from flashtrain.train.callbacks import Callback
+from flashtrain.methods.callback import Callback
 from flashtrain.train.profiling import MemorySnapshot, Profiler
 from tests.train.records import METRICS, run_view
 

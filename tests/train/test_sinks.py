@@ -12,8 +12,8 @@ import numpy as np
 import pytest
 
 from flashtrain.errors import UserError
+from flashtrain.methods.callback import Callback
 from flashtrain.metrics import StepMetrics
-from flashtrain.train.callbacks import Callback
 from flashtrain.train.loss_figure import running_mean
 from flashtrain.train.sinks import JsonLines, LossPlot, TensorBoard
 from tests.train.records import METRICS, run_view

@@ -10,7 +10,8 @@ from pathlib import Path
 import pytest
 
 from flashtrain.errors import UserError
-from flashtrain.train.callbacks import Callback, ProgressBar, Run, clock, describe, magnitude
+from flashtrain.methods.callback import Callback, Run
+from flashtrain.train.progress import ProgressBar, clock, describe, magnitude
 from tests.train.records import METRICS, run_view
 
 
@@ -120,7 +121,7 @@ def test_numbers_for_reading() -> None:
 def test_importing_callbacks_imports_no_heavy_package() -> None:
     heavy = ["rich", "matplotlib", "tensorboard", "torch.utils.tensorboard"]
     program = (
-        "import json, sys, flashtrain.train.callbacks, flashtrain.train.sinks;"
+        "import json, sys, flashtrain.train.progress, flashtrain.train.sinks;"
         f"print(json.dumps([name for name in {heavy} if name in sys.modules]))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)

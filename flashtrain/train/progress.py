@@ -1,4 +1,4 @@
-"""Side effects of a run: what happens beside the loop, without a say in the loop's arithmetic."""
+"""The progress of a run on the terminal."""
 
 import sys
 import time
@@ -12,9 +12,6 @@ from flashtrain.metrics.report import StepMetrics
 
 if TYPE_CHECKING:
     from rich.progress import Progress
-
-
-__all__ = ["Callback", "ProgressBar", "Run", "clock", "describe", "magnitude"]
 
 
 class ProgressBar(Callback):
