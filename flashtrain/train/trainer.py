@@ -3,8 +3,6 @@
 import contextlib
 import logging
 import os
-from collections import deque
-from collections.abc import Iterator
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -12,7 +10,6 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
-from torch import Tensor
 
 from flashtrain import config as configs
 from flashtrain.checkpoint import BackgroundSaver, CheckpointStore
@@ -20,60 +17,35 @@ from flashtrain.checkpoint.files import user_errors
 from flashtrain.comm import transport
 from flashtrain.comm.transport.base import clock
 from flashtrain.data import Corpus, PreparedData, open_source
-from flashtrain.data.source import HeldOut, resolved
+from flashtrain.data.source import resolved
 from flashtrain.data.tokenizer import keep_tokenizer
-from flashtrain.errors import Stopped, TransportError, UserError
+from flashtrain.errors import Stopped, UserError
 from flashtrain.methods.callback import Callback, Run
 from flashtrain.methods.progressive_sharing import ProgressiveSharing
-from flashtrain.metrics import Event, StepMetrics, peak_memory
+from flashtrain.metrics import Event
 from flashtrain.metrics.history import CONFIG
 from flashtrain.metrics.machine import describe_machine
 from flashtrain.models.decoder import Decoder
 from flashtrain.nn import attend
-from flashtrain.nn.attend import Documents
 from flashtrain.parallel import mesh as meshes
 from flashtrain.parallel import sites
 from flashtrain.parallel.data import Sharding
-from flashtrain.parallel.mesh import DATA, Degrees
+from flashtrain.parallel.mesh import Degrees
 from flashtrain.train import attention, faults, ranks, snapshot
 from flashtrain.train import places as where
+from flashtrain.train.batches import Batches
 from flashtrain.train.build import build_model, build_step, start_from
 from flashtrain.train.faults import Fault
 from flashtrain.train.optimizer import AdamW
+from flashtrain.train.results import Reading, Results, named
 from flashtrain.train.settings import Checkpointing, Training
 from flashtrain.train.skips import SkipRule
-from flashtrain.train.step import Batch, StepResult, StepUnderWay, mean_over_data
 from flashtrain.train.stopping import StopRequest
 from flashtrain.train.stragglers import Stragglers
 from flashtrain.train.summary import Summary
 from flashtrain.train.watch import Watching, build_callbacks
 
 log = logging.getLogger("flashtrain.train")
-
-
-@dataclass(frozen=True)
-class _Begun:
-    """A step under way: when the host began with it, and the step whose times its notes have."""
-
-    step: int
-    rate: float
-    at: float
-    running: StepUnderWay
-    timed: int
-
-
-def _behind(device: torch.device) -> int:
-    """Steps whose results are unread while the next one runs: a GPU is not to wait for the host."""
-    return 1 if device.type == "cuda" else 0
-
-
-@contextlib.contextmanager
-def _named(step: int) -> Iterator[None]:
-    """Say which step a peer failed in."""
-    try:
-        yield
-    except TransportError as error:
-        raise TransportError(f"training step {step}: {error}") from error
 
 
 class Trainer:
@@ -142,7 +114,6 @@ class Trainer:
 
     def __init__(self, config: Config, out: Path) -> None:
         self.config, self.out = replace(config, data=resolved(config.data)), Path(out)
-        self._read_at = 0.0  # when the latest result was read
 
     def run(self) -> None:
         """Train to the last step, going on from the latest checkpoint in ``out`` if there is one.
@@ -170,7 +141,7 @@ class Trainer:
                         self.callbacks.append(callback)
                         callback.on_start(run)
                     self._announce_beginning(first_step)
-                    measured, held_out = self._loop(first_step)
+                    held_out = self._loop(first_step)
             except BaseException as error:
                 self._announce_failure(error)
                 raise
@@ -181,22 +152,19 @@ class Trainer:
                     callback.on_end(run)
             latest, rank = self.store.latest(), dist.get_rank()
         if rank == 0 and latest is not None:
-            Summary(self.out, latest, held_out, self.unigram_entropy, measured).show()
+            Summary(self.out, latest, held_out, self.batches.unigram_entropy, self.results.measured).show()
 
     def _build(self, device: torch.device) -> None:
         config, train = self.config, self.config.train
         self.device = device
         self.mesh = meshes.build(config.parallel, device.type)
         self.source = open_source(config.data)
-        self.samples = self.source.samples(train.sequence, train.seed)
-        held_out = self.source.held_out(train.sequence, train.evaluation_windows)
-        self.unigram_entropy = held_out.unigram_entropy
-        self.held_out = self._evaluation_batches(held_out)
+        self.batches = Batches(self.source, train, self.mesh, device)
 
         attention.prepare(config.attention, config.model, train, config.parallel, device)
         built = build_model(config.model, train, config.fsdp, self.mesh, device)
         self.model, self.parameter_count = built.model, built.parameter_count
-        self.flops_per_token, self.peak = built.flops_per_token, built.peak
+        self.results = Results(built, train, device)
         start_from(train.init_from, self.model, self.out)
         self.step = build_step(self.model, self.mesh, config.optimizer, config.skip, config.faults, self.out)
         self.optimizer, self.skips, self.faults = self.step.optimizer, self.step.skips, self.step.faults
@@ -228,7 +196,7 @@ class Trainer:
         if self.config.sharing is not None:
             callbacks.append(ProgressiveSharing(self.config.sharing, self.model))
         callbacks += build_callbacks(
-            self.config.watch, dist.get_rank(), self.device, survey, self.unigram_entropy
+            self.config.watch, dist.get_rank(), self.device, survey, self.batches.unigram_entropy
         )
         for callback in callbacks:
             if (name := type(callback).__name__) in states:
@@ -267,12 +235,9 @@ class Trainer:
         text = (self.out / CONFIG).read_text() if dist.get_rank() == 0 else ""
         return Run(self.out, first_step, self.config.train.steps, text, description)
 
-    def _loop(self, first_step: int) -> tuple[list[StepMetrics], float]:
+    def _loop(self, first_step: int) -> float:
         train, every, callbacks = self.config.train, self.config.checkpoint.every, self.callbacks
-        measured: list[StepMetrics] = []
-        under_way: deque[_Begun] = deque()
-        behind = _behind(self.device)
-        held_out = self._evaluate() if first_step > train.steps else float("nan")
+        held_out = self.batches.held_out_loss(self.model) if first_step > train.steps else float("nan")
         for step in range(first_step, train.steps + 1):
             self.reached = step
             for callback in callbacks:
@@ -280,20 +245,19 @@ class Trainer:
             begun = clock()
             self.faults.before_step(step)
             rate = self.config.optimizer.learning_rate_at(step, train.steps)
-            with _named(step):
-                running = self.step.begin(step, rate, self._batches(step), lambda: self._notes(measured))
-            timed = measured[-1].step if measured else 0
-            under_way.append(_Begun(step, rate, begun, running, timed))
+            with named(step):
+                running = self.step.begin(step, rate, self.batches.of(step), self._notes)
+            self.results.expect(step, rate, begun, running)
             last = step == train.steps
             evaluates = last or (train.evaluate_every and step % train.evaluate_every == 0)
             saves = last or (every and step % every == 0)
             # The same on every rank, and so is which step's notes are known when.
             wait = evaluates or saves or any(callback.waits_for(step) for callback in callbacks)
-            stopping = self._read(under_way, 0 if wait else behind, measured)
+            stopping = self._read(all_of_them=bool(wait))
             if stopping:
-                self._read(under_way, 0, measured)
+                self._read(all_of_them=True)
             if evaluates:
-                held_out = self._evaluate()
+                held_out = self.batches.held_out_loss(self.model)
                 for callback in callbacks:
                     callback.on_evaluate(step, held_out)
             if stopping or saves:
@@ -305,36 +269,29 @@ class Trainer:
                 raise Stopped(f"stopped by SIGTERM after step {step}")
         self._finish_save()
         self._announce("end", train.steps)
-        return measured, held_out
+        return held_out
 
-    def _read(self, under_way: deque["_Begun"], leave: int, measured: list[StepMetrics]) -> list[int]:
-        """Report the steps under way but the last ``leave``; the ranks that were asked to stop by then."""
+    def _read(self, all_of_them: bool) -> list[int]:
+        """Report the steps whose turn it is; the ranks that were asked to stop by then."""
         stopping: list[int] = []
-        while len(under_way) > leave:
-            begun = under_way.popleft()
-            with _named(begun.step):
-                result = begun.running.result()
-            now = clock()
-            # A step that was enqueued beside the one before runs from the end of that one.
-            seconds, self._read_at = now - max(begun.at, self._read_at), now
-            metrics = self._measure(begun.step, begun.rate, result, seconds)
-            measured.append(metrics)
+        for reading in self.results.read(all_of_them):
             for callback in self.callbacks:
-                callback.on_step(metrics)
-            self._watch(begun, result)
-            stopping += [rank for rank, (_, stop, _) in enumerate(result.notes) if stop]
+                callback.on_step(reading.metrics)
+            self._watch(reading)
+            stopping += [rank for rank, (_, stop, _) in enumerate(reading.result.notes) if stop]
         return stopping
 
-    def _notes(self, measured: list[StepMetrics]) -> tuple[float, bool, bool]:
+    def _notes(self) -> tuple[float, bool, bool]:
         """What this rank tells all others at each step: its own time for the last step that it has measured,
         without waiting for others, whether it was asked to stop, and whether its part of a save has failed.
         """
+        measured = self.results.measured
         own_seconds = measured[-1].step_s - measured[-1].exposed_s if measured else 0.0
         return own_seconds, self.stop.requested, self.saver is not None and self.saver.failed
 
-    def _watch(self, begun: "_Begun", result: StepResult) -> None:
+    def _watch(self, reading: Reading) -> None:
         """Tell what happened beside the arithmetic of a step; take in a save in the background."""
-        step = begun.step
+        step, result = reading.metrics.step, reading.result
         if result.skipped is not None:
             self._announce("skipped_step", step, reason=result.skipped, total=self.skips.count)
         if dist.get_rank() == 0 and result.skipped is not None:
@@ -342,7 +299,7 @@ class Trainer:
         own_seconds, _, lost = zip(*result.notes, strict=True)
         # Times are those of a step before; the first step has none before it.
         for late in self.stragglers.observe(own_seconds) if any(own_seconds) else ():
-            self._announce("straggler", begun.timed, **asdict(late))
+            self._announce("straggler", reading.timed, **asdict(late))
             log.info("%s", late)
         if any(lost) or (self.saver is not None and self.saver.done):
             self._finish_save()
@@ -361,62 +318,3 @@ class Trainer:
         saved = None if self.saver is None else self.saver.finish()
         if saved is not None:
             self._announce("checkpoint", saved.step, seconds=round(saved.seconds, 3))
-
-    def _batches(self, step: int) -> list[Batch]:
-        """This rank's micro-batches of ``step``. Samples are numbered over the whole run and all ranks."""
-        train = self.config.train
-        share = train.batch // self.config.parallel.data
-        size = share // train.accumulate
-        first = (step - 1) * train.batch + self.mesh[DATA].get_local_rank() * share
-        return [self._on_device(*self.samples.batch(first + i * size, size)) for i in range(train.accumulate)]
-
-    def _on_device(self, tokens: Tensor, targets: Tensor) -> Batch:
-        """``[B, S]`` as the sampler gives it -> ``[S, B]`` as the model takes it."""
-        taken = tokens.t().contiguous(), targets.t().contiguous()
-        if self.device.type == "cuda":  # from pinned memory, so that the host does not wait
-            taken = taken[0].pin_memory(), taken[1].pin_memory()
-        batch = taken[0].to(self.device, non_blocking=True), taken[1].to(self.device, non_blocking=True)
-        if not self.config.train.document_mask:
-            return batch
-        return *batch, Documents.of(tokens, self.source.tokenizer.boundary, self.device)
-
-    def _evaluation_batches(self, held_out: HeldOut) -> list[Batch]:
-        """This data rank's share of the held-out windows, in batches of the training step's size."""
-        train, degree = self.config.train, self.config.parallel.data
-        share = max(1, len(held_out.inputs) // degree)
-        size = train.batch // (degree * train.accumulate)
-        first = self.mesh[DATA].get_local_rank() * share
-        mine = [part[first : first + share].split(size) for part in (held_out.inputs, held_out.targets)]
-        return [self._on_device(*batch) for batch in zip(*mine, strict=True)]
-
-    @torch.no_grad()
-    def _evaluate(self) -> float:
-        """Held-out loss in nats per token over the windows of all data ranks."""
-        total, count = torch.zeros((), dtype=torch.float64, device=self.device), 0
-        for batch in self.held_out:
-            windows = batch[0].shape[1]
-            total += self.model(*batch).double() * windows
-            count += windows
-        return float(mean_over_data(total / count, self.mesh))
-
-    def _measure(self, step: int, rate: float, result: StepResult, seconds: float) -> StepMetrics:
-        tokens = self.config.train.batch * self.config.train.sequence
-        # Asked each step, since it may change on the way.
-        flops = (
-            tokens * self.model.flops_per_token(self.config.train.sequence) / dist.get_world_size() / seconds
-        )
-        return StepMetrics(
-            step=step,
-            loss=result.loss,
-            grad_norm=result.grad_norm,
-            learning_rate=rate,
-            tokens=step * tokens,
-            tokens_per_s=tokens / seconds,
-            tflops_per_s=flops / 1e12,
-            mfu=None if self.peak is None else flops / self.peak,
-            overlap=result.overlap,
-            exposed_s=result.exposed,
-            overhead=1.0 - result.arithmetic / seconds,
-            memory_bytes=peak_memory(self.device),
-            step_s=seconds,
-        )

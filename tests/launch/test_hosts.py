@@ -105,7 +105,7 @@ def unbroken(rank: int, world: int, options: list[str], out: Path) -> tuple[list
     steps = []
     for step in range(1, config.train.steps + 1):
         rate = config.optimizer.learning_rate_at(step, config.train.steps)
-        result = trainer.step(step, rate, trainer._batches(step))
+        result = trainer.step(step, rate, trainer.batches.of(step))
         steps.append((step, result.loss, result.grad_norm))
     tensors = {
         f"{part}/{name}": tensor.full_tensor() if isinstance(tensor, DTensor) else tensor

@@ -97,7 +97,7 @@ def _ranks(rank: int, world: int, text: Path) -> dict[str, Any]:
         transport.configure(config.comm)
         trainer = Trainer(config, Path("unused"))
         trainer._build(torch.device("cpu"))
-        steps = [trainer.step(step, 1e-3, trainer._batches(step)) for step in (1, 2)]
+        steps = [trainer.step(step, 1e-3, trainer.batches.of(step)) for step in (1, 2)]
         sent = sum(mover.traffic.bytes_sent for mover in transport.in_use())
         results[name] = [(step.loss, step.grad_norm) for step in steps], sent
     return results

@@ -44,7 +44,7 @@ def _losses(
         results = []
         for step in range(1, steps + 1):
             result = trainer.step(
-                step, config.optimizer.learning_rate_at(step, steps), trainer._batches(step)
+                step, config.optimizer.learning_rate_at(step, steps), trainer.batches.of(step)
             )
             results.append((result.loss, result.grad_norm))
         runs.append(results)
@@ -55,7 +55,7 @@ def _first_gradients(rank: int, world: int, config: Trainer.Config) -> dict[str,
     transport.configure(config.comm)
     trainer = Trainer(config, Path("unused"))
     trainer._build(torch.device("cpu"))
-    for tokens, targets in trainer._batches(1):
+    for tokens, targets in trainer.batches.of(1):
         trainer.model(tokens, targets).backward()
     from flashtrain.parallel.apply import sum_replicated_gradients
 

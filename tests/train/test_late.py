@@ -16,7 +16,7 @@ from flashtrain.errors import Stopped, UserError
 from flashtrain.methods.callback import Callback
 from flashtrain.metrics.report import StepMetrics
 from flashtrain.models.decoder import Decoder
-from flashtrain.train import ranks, trainer
+from flashtrain.train import ranks, results, trainer
 from flashtrain.train.faults import Fault
 from flashtrain.train.settings import Training
 from flashtrain.train.skips import SkipRule
@@ -39,8 +39,8 @@ def _config(text: Path, **changes: object) -> Trainer.Config:
 
 def _both(rank: int, world: int, config: Trainer.Config, out: Path) -> None:
     at_once, late = _trainer(config, out), _trainer(config, out)
-    wanted = [at_once.step(step, 1e-3, at_once._batches(step)) for step in range(1, 8)]
-    running = [late.step.begin(step, 1e-3, late._batches(step), lambda: (1.5,)) for step in range(1, 8)]
+    wanted = [at_once.step(step, 1e-3, at_once.batches.of(step)) for step in range(1, 8)]
+    running = [late.step.begin(step, 1e-3, late.batches.of(step), lambda: (1.5,)) for step in range(1, 8)]
     found = [one.result() for one in running]
     assert [(r.loss, r.grad_norm, r.skipped) for r in found] == [
         (r.loss, r.grad_norm, r.skipped) for r in wanted
@@ -58,10 +58,10 @@ def test_results_that_are_read_late_are_the_same(tmp_path: Path) -> None:
 def _ending(rank: int, world: int, config: Trainer.Config, out: Path) -> None:
     late = _trainer(config, out)
     for step in (1, 2, 3):
-        late.step.begin(step, 1e-3, late._batches(step))
+        late.step.begin(step, 1e-3, late.batches.of(step))
     before = _bits(late)
     with pytest.raises(UserError, match="2 steps in a row made no update"):
-        late.step.begin(4, 1e-3, late._batches(4))
+        late.step.begin(4, 1e-3, late.batches.of(4))
     assert _bits(late) == before
 
 
@@ -75,7 +75,7 @@ def _drawing(rank: int, world: int, config: Trainer.Config, out: Path) -> None:
     late.model.register_forward_hook(lambda _, __, loss: loss + 0 * torch.rand(()))
     for step in (1, 2):
         rng = torch.get_rng_state()
-        skipped = late.step.begin(step, 1e-3, late._batches(step))._result
+        skipped = late.step.begin(step, 1e-3, late.batches.of(step))._result
         assert skipped is not None, "random numbers were drawn, and the result was left for later"
         assert torch.equal(torch.get_rng_state(), rng) == (skipped.skipped is not None)
 
@@ -115,7 +115,7 @@ def _run(
     for name in ("RANK", "WORLD_SIZE"):
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(ranks, "log_to_stderr", lambda: None)
-    monkeypatch.setattr(trainer, "_behind", lambda device: behind)
+    monkeypatch.setattr(results, "_behind", lambda device: behind)
     order, real = _Order(stops), trainer.build_callbacks
     monkeypatch.setattr(trainer, "build_callbacks", lambda *given: [*real(*given), order])
     settings = {"parallel__tensor": 1, "train__steps": 10, "checkpoint__every": 5, "train__dtype": dtype}

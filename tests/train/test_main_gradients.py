@@ -77,7 +77,7 @@ def _config(
 def _gradients(trainer: Trainer, passes: int) -> dict[str, Tensor]:
     """The gradients of ``passes`` backward passes over one batch, whole, in the order of the parameters."""
     for _ in range(passes):
-        for tokens, targets in trainer._batches(1):
+        for tokens, targets in trainer.batches.of(1):
             trainer.model(tokens, targets).backward()
         trainer.optimizer.accumulate()
     whole = {}
@@ -118,7 +118,7 @@ def test_gradients_go_past_bf16(tmp_path: Path, tensor: int, tied: bool) -> None
 
 def _given(rank: int, world: int, config: Trainer.Config, out: Path) -> int:
     trainer = _trainer(config, out)
-    result = trainer.step(1, 1e-3, trainer._batches(1))
+    result = trainer.step(1, 1e-3, trainer.batches.of(1))
     assert result.skipped is None
     return sum(hasattr(parameter, "main_grad") for parameter in trainer.model.parameters())
 

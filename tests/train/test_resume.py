@@ -132,7 +132,7 @@ def _move(rank: int, world: int, config: Trainer.Config, out: str, steps: int) -
     trainer._build(torch.device("cpu"))
     first, _ = trainer._resume()
     for step in range(first, first + steps):
-        trainer.step(step, 1e-3, trainer._batches(step))
+        trainer.step(step, 1e-3, trainer.batches.of(step))
     snapshot.save(
         trainer.store, first + steps - 1 if steps else first, trainer.model, trainer.optimizer, config, []
     )

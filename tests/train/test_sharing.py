@@ -78,7 +78,7 @@ class Steps:
             if self.callback is not None:
                 self.callback.before_step(step)
             rate = self.trainer.config.optimizer.learning_rate_at(step, STEPS)
-            result = self.trainer.step(step, rate, self.trainer._batches(step))
+            result = self.trainer.step(step, rate, self.trainer.batches.of(step))
             found.append((result.loss, result.grad_norm))
         self.next += count
         return found

@@ -89,7 +89,7 @@ def _struck(rank: int, world: int, config: Trainer.Config, out: Path) -> list[st
     reasons = []
     for step in range(1, 7):
         before = _bits(trainer)
-        result = trainer.step(step, 1e-3, trainer._batches(step))
+        result = trainer.step(step, 1e-3, trainer.batches.of(step))
         assert (before == _bits(trainer)) == (result.skipped is not None)
         assert all(parameter.grad is None for parameter in trainer.model.parameters())
         reasons.append(result.skipped)
@@ -97,7 +97,7 @@ def _struck(rank: int, world: int, config: Trainer.Config, out: Path) -> list[st
 
     other = _trainer(replace(config, faults=()), out)
     for step, samples in ((1, 1), (2, 3), (3, 4)):
-        other.step(step, 1e-3, other._batches(samples))
+        other.step(step, 1e-3, other.batches.of(samples))
     assert _bits(other) == _bits(trainer), "a skipped step counts in the bias correction, or left a trace"
     return reasons
 
@@ -126,7 +126,7 @@ def _dropping_out(rank: int, world: int, config: Trainer.Config, out: Path) -> N
     trainer.model.register_forward_hook(lambda _, __, loss: loss + 0 * torch.rand(()))
     for step in (1, 2):
         rng = torch.get_rng_state()
-        result = trainer.step(step, 1e-3, trainer._batches(step))
+        result = trainer.step(step, 1e-3, trainer.batches.of(step))
         assert torch.equal(torch.get_rng_state(), rng) == (result.skipped is not None)
 
 

@@ -1,0 +1,62 @@
+"""What a rank gets of a run's samples: micro-batches of each step, and a share of the held-out windows."""
+
+import torch
+from torch import Tensor, nn
+from torch.distributed.device_mesh import DeviceMesh
+
+from flashtrain.data.source import HeldOut, Source
+from flashtrain.nn.attend import Documents
+from flashtrain.parallel.mesh import DATA
+from flashtrain.train.settings import Training
+from flashtrain.train.step import Batch, mean_over_data
+
+
+class Batches:
+    """The samples of ``source`` on this rank's device. Raises UserError for too little text."""
+
+    def __init__(self, source: Source, train: Training, mesh: DeviceMesh, device: torch.device) -> None:
+        self._train, self._mesh, self._device = train, mesh, device
+        self._boundary = source.tokenizer.boundary if train.document_mask else None
+        self._samples = source.samples(train.sequence, train.seed)
+        held_out = source.held_out(train.sequence, train.evaluation_windows)
+        self.unigram_entropy = held_out.unigram_entropy
+        self._held_out = self._own_share(held_out)
+
+    def of(self, step: int) -> list[Batch]:
+        """This rank's micro-batches of ``step``. Samples are numbered over the whole run and all ranks."""
+        train, ranks = self._train, self._mesh[DATA]
+        share = train.batch // ranks.size()
+        size = share // train.accumulate
+        first = (step - 1) * train.batch + ranks.get_local_rank() * share
+        return [
+            self._on_device(*self._samples.batch(first + i * size, size)) for i in range(train.accumulate)
+        ]
+
+    @torch.no_grad()
+    def held_out_loss(self, model: nn.Module) -> float:
+        """Held-out loss in nats per token over the windows of all data ranks."""
+        total, count = torch.zeros((), dtype=torch.float64, device=self._device), 0
+        for batch in self._held_out:
+            windows = batch[0].shape[1]
+            total += model(*batch).double() * windows
+            count += windows
+        return float(mean_over_data(total / count, self._mesh))
+
+    def _own_share(self, held_out: HeldOut) -> list[Batch]:
+        """This data rank's share of the held-out windows, in batches of the training step's size."""
+        ranks = self._mesh[DATA]
+        share = max(1, len(held_out.inputs) // ranks.size())
+        size = self._train.batch // (ranks.size() * self._train.accumulate)
+        first = ranks.get_local_rank() * share
+        mine = [part[first : first + share].split(size) for part in (held_out.inputs, held_out.targets)]
+        return [self._on_device(*batch) for batch in zip(*mine, strict=True)]
+
+    def _on_device(self, tokens: Tensor, targets: Tensor) -> Batch:
+        """``[B, S]`` as the sampler gives it -> ``[S, B]`` as the model takes it."""
+        taken = tokens.t().contiguous(), targets.t().contiguous()
+        if self._device.type == "cuda":  # from pinned memory, so that the host does not wait
+            taken = taken[0].pin_memory(), taken[1].pin_memory()
+        batch = taken[0].to(self._device, non_blocking=True), taken[1].to(self._device, non_blocking=True)
+        if self._boundary is None:
+            return batch
+        return *batch, Documents.of(tokens, self._boundary, self._device)
