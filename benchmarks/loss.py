@@ -15,21 +15,20 @@ each part.
 
 import argparse
 import json
-import statistics
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import machine
 import torch
+from gpu_time import DEVICE, race
 from torch import Tensor
 from torch.nn.functional import cross_entropy, linear
 
 from flashtrain.kernels.cross_entropy import op
 from flashtrain.kernels.weight_gradient import WeightGradient
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SLEEP_CYCLES = 6_000_000
 Function = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
@@ -108,30 +107,6 @@ class Case:
         return {"forward": lambda: torch.mm(x, weight.t(), out=logits), "both": backward}
 
 
-def race(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each call, in turn; the queue is never empty."""
-    for call in list(calls.values()) * 2:
-        call()
-    taken: dict[str, list[Any]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            if DEVICE == "cpu":
-                start = time.perf_counter()
-                call()
-                taken[name].append((time.perf_counter() - start) * 1e3)
-                continue
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(6_000_000)  # the host enqueues the whole call meanwhile
-            before.record()
-            call()
-            after.record()
-            taken[name].append((before, after))
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-        taken = {name: [a.elapsed_time(b) for a, b in pairs] for name, pairs in taken.items()}
-    return {name: round(statistics.median(times), 3) for name, times in taken.items()}
-
-
 def peak_mib(call: Callable[[], Any]) -> int:
     """MiB that ``call`` holds at its peak beyond what was held before."""
     if DEVICE == "cpu":
@@ -180,7 +155,7 @@ def main() -> None:
         for way, run in (("forward", case.forward), ("both", case.both)):
             calls = {name: (lambda f=f, run=run: run(f)) for name, f in case.functions.items()}
             found[f"{way} peak MiB"] = {name: peak_mib(call) for name, call in calls.items()}
-            times = race(calls | {"products": case.products()[way]}, repeats)
+            times = race(calls | {"products": case.products()[way]}, repeats, SLEEP_CYCLES)
             moved = tokens * width * 2 / bandwidth() * 1e3 * (1 if way == "forward" else 3)
             times["floor"] = round(times["products"] + moved, 3)
             found[way] = times
@@ -188,7 +163,7 @@ def main() -> None:
         if arguments.grid:
             sizes = {f"{mib} MiB": case.ours(mib << 20) for mib in (256, 512, 1024, 2048, 4096)}
             calls = {name: (lambda f=f, case=case: case.both(f)) for name, f in sizes.items()}
-            found["chunks"] = race(calls, repeats)
+            found["chunks"] = race(calls, repeats, SLEEP_CYCLES)
             keep(f"{width} chunks: {found['chunks']}")
         del case
         if DEVICE == "cuda":

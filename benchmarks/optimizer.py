@@ -21,12 +21,13 @@ from typing import Any
 
 import machine
 import torch
+from gpu_time import DEVICE, race
 from torch import Tensor
 
 from flashtrain.kernels.adamw.op import optimizer
 from flashtrain.kernels.adamw.slot import Hyperparameters, Slot
 
-DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+SLEEP_CYCLES = 20_000_000
 RATE, BETAS, EPSILON, DECAY, CLIP = 3e-4, (0.9, 0.95), 1e-8, 0.1, 1.0
 
 
@@ -111,30 +112,6 @@ def errors(sizes: list[tuple[int, ...]], steps: int = 3) -> dict[str, float]:
     }
 
 
-def race(calls: dict[str, Callable[[], Any]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each call, in turn; the queue is never empty."""
-    for call in list(calls.values()) * 2:
-        call()
-    taken: dict[str, list[Any]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, call in calls.items():
-            if DEVICE == "cpu":
-                start = time.perf_counter()
-                call()
-                taken[name].append((time.perf_counter() - start) * 1e3)
-                continue
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(20_000_000)  # the host enqueues the whole call meanwhile
-            before.record()
-            call()
-            after.record()
-            taken[name].append((before, after))
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-        taken = {name: [a.elapsed_time(b) for a, b in pairs] for name, pairs in taken.items()}
-    return {name: round(statistics.median(times), 3) for name, times in taken.items()}
-
-
 def host_ms(call: Callable[[], Any], repeats: int = 10) -> float:
     """What the host needs to enqueue a call."""
     took = []
@@ -170,7 +147,7 @@ def main() -> None:
     calls = {name: (lambda e=e: e.step(gradients)) for name, e in entrants.items()}
     way = entrants["ours"].way
     report["parameters"] = count
-    report["step ms"] = race(calls | {"norm alone": lambda: way.squares(gradients)}, repeats)
+    report["step ms"] = race(calls | {"norm alone": lambda: way.squares(gradients)}, repeats, SLEEP_CYCLES)
     bandwidth = 3.0e12 if DEVICE == "cuda" and "H100" in torch.cuda.get_device_name() else 4.3e12
     report["step ms"]["floor"] = round(34 * count / bandwidth * 1e3, 3)
     report["host ms"] = {name: host_ms(call) for name, call in calls.items()}

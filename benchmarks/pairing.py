@@ -28,7 +28,7 @@ import machine
 import torch
 import torch.distributed as dist
 import triton
-from ssd import error, kernel_ms, poisoned
+from gpu_time import error, kernel_ms, medians, poisoned
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
 from torch.nn.functional import scaled_dot_product_attention
@@ -66,7 +66,6 @@ STEPS: dict[str, tuple[str | None, str | None]] = {
     "gqkva-16.2 copied": ("gqkva-16.2", "expand"),
 }
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
-SLEEP_CYCLES = 2_000_000
 
 
 def heads_of(
@@ -77,24 +76,6 @@ def heads_of(
     packed = torch.randn(sequence, batch, 2 * pairing.n_kv, width, device="cuda").to(dtype)
     given = [torch.randn(*one, device="cuda").to(dtype) for one in shape]
     return [*given, packed[:, :, pairing.n_kv :].permute(1, 2, 0, 3)]
-
-
-def medians(calls: dict[str, Callable[[], Any]], rounds: int = 12) -> dict[str, float]:
-    """Median milliseconds of each call between two events, in turn, on a queue that is never empty."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        for _ in range(2):
-            call()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(SLEEP_CYCLES)
-            before.record()
-            call()
-            after.record()
-            torch.cuda.synchronize()
-            times[name].append(before.elapsed_time(after))
-    return {name: statistics.median(values) for name, values in times.items()}
 
 
 def errors(

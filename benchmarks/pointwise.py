@@ -13,12 +13,12 @@ it on the CPU at toy sizes: not a measurement. Writes ``pointwise.json`` after e
 
 import argparse
 import json
-import statistics
 import time
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import gpu_time
 import machine
 import torch
 from pointwise_cases import DEVICE, EPSILON, GROUP, HEAD_WIDTH, HIDDEN, KV_HEADS, Case, Function, cases
@@ -51,29 +51,9 @@ def errors(case: Case, compiled: Function) -> dict[str, float]:
 
 
 def race(calls: dict[str, tuple[Function, Function]], repeats: int) -> dict[str, float]:
-    """Median milliseconds of each ``(call, untimed preparation)``, in turn; the queue is never empty."""
-    for call, prepare in list(calls.values()) * 2:
-        prepare()
-        call()
-    taken: dict[str, list[Any]] = {name: [] for name in calls}
-    for _ in range(repeats):
-        for name, (call, prepare) in calls.items():
-            prepare()
-            if DEVICE == "cpu":
-                start = time.perf_counter()
-                call()
-                taken[name].append((time.perf_counter() - start) * 1e3)
-                continue
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(SLEEP_CYCLES)  # the host enqueues the whole call meanwhile
-            before.record()
-            call()
-            after.record()
-            taken[name].append((before, after))
-    if DEVICE == "cuda":
-        torch.cuda.synchronize()
-        taken = {name: [a.elapsed_time(b) for a, b in pairs] for name, pairs in taken.items()}
-    return {name: round(statistics.median(times), 4) for name, times in taken.items()}
+    """Median milliseconds of each ``(call, untimed preparation)``, in turn."""
+    prepare = {name: preparation for name, (_, preparation) in calls.items()}
+    return gpu_time.race({name: call for name, (call, _) in calls.items()}, repeats, SLEEP_CYCLES, prepare)
 
 
 def without_gradient(function: Function, inputs: list[Tensor]) -> Any:

@@ -30,9 +30,9 @@ os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
 
 import machine
 import torch
+from gpu_time import error, kernel_ms, medians
 from torch import Tensor
 from torch.nn.attention import SDPBackend, sdpa_kernel
-from torch.profiler import ProfilerActivity, profile
 
 from flashtrain.kernels.shared_attention import reference
 from flashtrain.kernels.shared_attention import triton as kernels
@@ -48,7 +48,6 @@ SHARING = 11  # layers that share in the op, beside their source
 MODEL = Decoder.Config(vocabulary=32_000, hidden=2048, layers=22, heads=32, kv_heads=32, mlp_width=5632)
 GOALS = {"epas": 1.05, "epas deferred": {4096: 1.08, 32768: 1.12}}
 PEAK = 989e12
-SLEEP_CYCLES = 2_000_000
 
 
 def heads(batch: int, kv_heads: int, sequence: int, width: int, layers: int) -> list[Tensor]:
@@ -58,11 +57,6 @@ def heads(batch: int, kv_heads: int, sequence: int, width: int, layers: int) -> 
         torch.randn(sequence, batch, count, width, device="cuda").bfloat16().permute(1, 2, 0, 3)
         for count in kinds
     ]
-
-
-def error(found: Tensor, true: Tensor) -> float:
-    """Relative error; NaN stays NaN."""
-    return float((found.double() - true.double()).norm() / true.double().norm())
 
 
 def errors(kv_heads: int, width: int, sequence: int) -> dict[str, float]:
@@ -103,39 +97,6 @@ def errors(kv_heads: int, width: int, sequence: int) -> dict[str, float]:
         )
     result = {name: error(one, other) for one, (name, other) in zip(rounds[0], true.items(), strict=True)}
     return result | {"bits_differ": float(not all(map(torch.equal, *rounds)))}
-
-
-def medians(calls: dict[str, Callable[[], Any]], rounds: int) -> dict[str, float]:
-    """Median milliseconds of each call between two events, in turn, on a queue that is never empty."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        for _ in range(2):
-            call()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(SLEEP_CYCLES)
-            before.record()
-            call()
-            after.record()
-            torch.cuda.synchronize()
-            times[name].append(before.elapsed_time(after))
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
-def kernel_ms(call: Callable[[], Any], repeats: int = 2) -> dict[str, float]:
-    """Milliseconds of a call in each kernel."""
-    call()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        for _ in range(repeats):
-            call()
-        torch.cuda.synchronize()
-    return {
-        event.key[:60]: round(event.device_time_total / repeats / 1e3, 3)
-        for event in found.key_averages()
-        if event.device_time_total > 10 * repeats
-    }
 
 
 def op_row(batch: int, kv_heads: int, sequence: int, width: int, rounds: int) -> dict[str, Any]:
@@ -184,7 +145,7 @@ def op_row(batch: int, kv_heads: int, sequence: int, width: int, rounds: int) ->
         "ms": found,
         "tflops": rates,
         "gain over layer by layer": found["layer by layer, both"] / found["deferred, both"],
-        "kernels": kernel_ms(calls["deferred, both"]),
+        "kernels": kernel_ms(calls["deferred, both"], repeats=2),
     }
 
 
@@ -235,7 +196,7 @@ def grid(batch: int, kv_heads: int, sequence: int, width: int, end: float) -> li
             try:
                 found = call(blocks)
                 names = {"source": "key_gradient", "query": "query_gradient"}
-                took = kernel_ms(lambda call=call, blocks=blocks: call(blocks))  # type: ignore[misc]
+                took = kernel_ms(lambda call=call, blocks=blocks: call(blocks), repeats=2)  # type: ignore[misc]
                 took = {n: ms for n, ms in took.items() if names.get(kind, "kernel") in n}
             except Exception as failure:
                 print(f"{kind} {blocks}: {str(failure)[:80]}", flush=True)

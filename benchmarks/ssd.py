@@ -22,8 +22,8 @@ from typing import Any
 import machine
 import torch
 import triton
+from gpu_time import error, kernel_ms, poisoned
 from torch import Tensor
-from torch.profiler import ProfilerActivity, profile
 
 from flashtrain.kernels.causal_conv.op import causal_conv
 from flashtrain.kernels.gated_norm.op import gated_norm
@@ -74,11 +74,6 @@ def inputs(batch: int, sequence: int, groups: int = 1, dtype: torch.dtype = torc
     return [x, dt, rate, keys, queries, random(HEADS), bias, state]
 
 
-def error(found: Tensor, true: Tensor) -> float:
-    """Relative error; NaN stays NaN."""
-    return float((found.double() - true).norm() / true.norm())
-
-
 class Truth:
     """Outputs and gradients in fp64 of one set of inputs."""
 
@@ -102,17 +97,6 @@ class Truth:
         same = all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
         errors = {f"d{name}": error(g, t) for name, g, t in zip(NAMES, found, self.gradients, strict=True)}
         return errors | {"bits_differ": float(not same)}
-
-
-class poisoned:
-    """Fresh memory holds NaN inside, so that an element that nobody writes is seen."""
-
-    def __enter__(self) -> None:
-        torch.use_deterministic_algorithms(True, warn_only=True)
-        torch.utils.deterministic.fill_uninitialized_memory = True
-
-    def __exit__(self, *_: Any) -> None:
-        torch.use_deterministic_algorithms(False)
 
 
 def median_ms(call: Callable[[], Any], seconds: float = 0.3) -> float:
@@ -145,21 +129,6 @@ def host_ms(call: Callable[[], Any], repeats: int = 20) -> float:
     took = (time.perf_counter() - start) / repeats * 1e3
     torch.cuda.synchronize()
     return took
-
-
-def kernel_ms(call: Callable[[], Any], repeats: int = 8) -> dict[str, float]:
-    """Milliseconds of a call in each kernel."""
-    call()
-    torch.cuda.synchronize()
-    with profile(activities=[ProfilerActivity.CUDA]) as found:
-        for _ in range(repeats):
-            call()
-        torch.cuda.synchronize()
-    return {
-        event.key[:40]: round(event.device_time_total / repeats / 1e3, 4)
-        for event in found.key_averages()
-        if event.device_time_total
-    }
 
 
 def floor_ms(batch: int, sequence: int, chunk: int) -> dict[str, float]:
