@@ -7,6 +7,7 @@ from torch.nn.functional import rms_norm, silu, softplus
 
 from flashtrain.errors import UserError
 from flashtrain.nn.mamba1 import Mamba1, scan
+from tests.nn.pieces import assert_two_pieces_equal_one
 
 HIDDEN, INNER, STATES, RANK = 12, 16, 5, 3
 
@@ -73,16 +74,7 @@ def test_the_chunked_scan_is_the_recurrence_with_its_gradients(sequence: int) ->
 
 @pytest.mark.parametrize("cut", [1, 2, 5, 8])
 def test_two_pieces_equal_one_with_every_gradient(cut: int) -> None:
-    layer, x = mixer(), tokens(9).requires_grad_()
-    leaves = [x, *layer.parameters()]
-    whole, after = layer.extend(x, None)
-    first, state = layer.extend(x[:cut], None)
-    second, state = layer.extend(x[cut:], state)
-    slopes = [torch.randn_like(t) for t in (whole, *after)]
-    found = torch.autograd.grad((torch.cat([first, second]), *state), leaves, slopes)
-    torch.testing.assert_close(torch.cat([first, second]), whole)
-    for one, other in zip(found, torch.autograd.grad((whole, *after), leaves, slopes), strict=True):
-        torch.testing.assert_close(one, other)
+    assert_two_pieces_equal_one(mixer(), tokens(9), cut)
 
 
 def test_it_is_refused_on_several_tensor_ranks() -> None:

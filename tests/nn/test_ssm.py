@@ -7,6 +7,7 @@ from torch.nn.functional import conv1d, pad, rms_norm, silu, softplus
 
 from flashtrain.errors import UserError
 from flashtrain.nn.ssm import Mamba2, MixerState
+from tests.nn.pieces import assert_two_pieces_equal_one
 
 HIDDEN, HEADS, WIDTH, STATES = 24, 4, 8, 6
 
@@ -76,16 +77,7 @@ def test_decoding_equals_the_full_forward_and_so_does_its_state(prompt: int) -> 
 
 @pytest.mark.parametrize("cut", [1, 2, 5, 8])
 def test_two_pieces_equal_one_with_every_gradient(cut: int) -> None:
-    layer, x = mixer(), tokens(9).requires_grad_()
-    leaves = [x, *layer.parameters()]
-    whole, after = layer.extend(x, None)
-    first, state = layer.extend(x[:cut], None)
-    second, state = layer.extend(x[cut:], state)
-    slopes = [torch.randn_like(t) for t in (whole, *after)]
-    found = torch.autograd.grad((torch.cat([first, second]), *state), leaves, slopes)
-    torch.testing.assert_close(torch.cat([first, second]), whole)
-    for one, other in zip(found, torch.autograd.grad((whole, *after), leaves, slopes), strict=True):
-        torch.testing.assert_close(one, other)
+    assert_two_pieces_equal_one(mixer(), tokens(9), cut)
 
 
 def test_an_empty_state_is_no_state() -> None:
