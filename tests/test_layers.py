@@ -147,7 +147,7 @@ OFFENDERS = {
     "parallel must not know nn": ("flashtrain/parallel/x.py", "import flashtrain.nn.mlp", "different wings"),
     "nn must not know comm": (
         "flashtrain/nn/x.py",
-        "from flashtrain.comm.ops import all_gather",
+        "from flashtrain.comm.collectives import all_gather",
         "side by side",
     ),
     "models must not know comm": (

@@ -12,7 +12,7 @@ For W ranks with the rows ``x_shard [M/W, H]`` and the columns ``w_shard [V/W, H
 import torch
 from torch import Tensor
 
-from flashtrain.comm import groups, ops
+from flashtrain.comm import collectives, groups, ops
 from flashtrain.comm.schedule import split_rows
 from flashtrain.errors import UserError
 from flashtrain.kernels.cross_entropy import chunks
@@ -47,7 +47,7 @@ class Sharded:
 
     def everyone(self, numbers: Tensor) -> Tensor:
         """``[W, 3, R]``."""
-        return ops.all_gather(numbers.unsqueeze(0), self.group, self.site, self.world)
+        return collectives.all_gather(numbers.unsqueeze(0), self.group, self.site, self.world)
 
     def gradients(self, slopes: Tensor, x: Tensor, dx: Tensor | None, dw: WeightGradient | None) -> None:
         """``dx [R/W, H]`` of the own rows and ``dw [V/W, H]``."""

@@ -29,60 +29,10 @@ from torch.autograd import profiler
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
-from flashtrain.comm import bulk, chunked, gradients, groups
-from flashtrain.comm.products import gather_way, plan_of, rows_per_rank, scatter_way
-from flashtrain.comm.schedule import split_rows
+from flashtrain.comm import gradients
+from flashtrain.comm.collectives import TAGS, all_gather, gathered_rows, own_rows, reduce_scatter
+from flashtrain.comm.products import gather_way, scatter_way
 from flashtrain.kernels.weight_gradient import WeightGradient
-
-_TAGS = (torch.Tag.needs_fixed_stride_order,)
-
-
-@torch.library.custom_op("flashtrain::all_gather", mutates_args=(), tags=_TAGS)
-def all_gather(x_shard: Tensor, group: str, site: str = "", rows: int | None = None) -> Tensor:
-    """Gather row shards: ``x_shard [M/W, ...]`` -> ``x_full [M, ...]``, equal bits on every rank.
-
-    Backward is reduce-scatter: right where each rank consumes the result differently (its own columns,
-    its own heads). A consumer that does the same on every rank would count its gradient W times.
-    Raises UserError if the shard does not fit ``rows``, TransportError if a peer fails.
-    """
-    plan = plan_of("all_gather", rows_per_rank(x_shard, group, rows), group)
-    return chunked.gather(plan, x_shard, group, site)
-
-
-def all_gather_into(out: Tensor, x_shard: Tensor, group: str, site: str = "") -> None:
-    """Gather row shards into ``out [M, ...]``, while a reduce-scatter of the group may be under way.
-
-    ``x_shard [M/W, ...]``; not differentiable. Raises UserError if the shard does not fit M, TransportError
-    if a peer fails.
-    """
-    plan = plan_of("all_gather", rows_per_rank(x_shard, group, out.shape[0]), group)
-    if plan.kind == "direct":
-        with bulk.gathering(plan, x_shard, group, site) as gathered:
-            out.copy_(gathered())
-    else:
-        out.copy_(chunked.gather(plan, x_shard, group, site))
-
-
-@torch.library.custom_op("flashtrain::reduce_scatter", mutates_args=(), tags=_TAGS)
-def reduce_scatter(x: Tensor, group: str, site: str = "", scale: float = 1.0) -> Tensor:
-    """Sum over ranks and keep the own rows: ``x [M, ...]`` -> ``x_shard [M/W, ...]``.
-
-    The fp32 sum is multiplied by ``scale`` before it is rounded (1/W makes a mean). Backward is
-    all-gather. Raises TransportError if a peer fails.
-    """
-    world = groups.resolve(group).size()
-    plan = plan_of("reduce_scatter", split_rows(x.shape[0], world), group)
-    x = x.contiguous()
-    if plan.kind == "direct":
-        with bulk.scattering(plan, x, group, site, scale) as scattered:
-            return scattered()
-    flat = x.reshape(x.shape[0], -1) if x.numel() else x.new_empty(x.shape[0], x[:1].numel())
-
-    def partial(chunk: int, out: Tensor) -> None:
-        out.copy_(flat[plan.rows_in(chunk)])
-
-    own = chunked.reduce(plan, flat, flat.shape[1], group, site, partial, scale)
-    return own.reshape(own.shape[0], *x.shape[1:])
 
 
 def all_gather_matmul(
@@ -174,7 +124,7 @@ def _matmul_reduce_scatter(x: Tensor, w_shard: Tensor, group: str, site: str) ->
     return scatter_way(x, w_shard, group, site)(x, w_shard, site)
 
 
-@torch.library.custom_op("flashtrain::all_gather_matmul", mutates_args=(), tags=_TAGS)
+@torch.library.custom_op("flashtrain::all_gather_matmul", mutates_args=(), tags=TAGS)
 def _registered_gather(
     x_shard: Tensor,
     w_shard: Tensor,
@@ -187,7 +137,7 @@ def _registered_gather(
     return _all_gather_matmul(x_shard, w_shard, group, site, rows, keep_gather, return_gather)
 
 
-@torch.library.custom_op("flashtrain::matmul_reduce_scatter", mutates_args=(), tags=_TAGS)
+@torch.library.custom_op("flashtrain::matmul_reduce_scatter", mutates_args=(), tags=TAGS)
 def _registered_scatter(x: Tensor, w_shard: Tensor, group: str, site: str = "") -> Tensor:
     return _matmul_reduce_scatter(x, w_shard, group, site)
 
@@ -253,14 +203,14 @@ def _row(dy_shard: Tensor, x: Tensor, w_shard: Tensor, group: str, site: str) ->
     return gradients.row(dy_shard, x.shape[0], w_shard, group, site, multiply), dw
 
 
-@torch.library.custom_op("flashtrain::column_gradients", mutates_args=(), tags=_TAGS)
+@torch.library.custom_op("flashtrain::column_gradients", mutates_args=(), tags=TAGS)
 def _registered_column(
     dy: Tensor, x: Tensor, w_shard: Tensor, group: str, site: str = "", gathered: bool = False
 ) -> tuple[Tensor, Tensor]:
     return _column(dy, x, w_shard, group, site, gathered)
 
 
-@torch.library.custom_op("flashtrain::row_gradients", mutates_args=(), tags=_TAGS)
+@torch.library.custom_op("flashtrain::row_gradients", mutates_args=(), tags=TAGS)
 def _registered_row(
     dy_shard: Tensor, x: Tensor, w_shard: Tensor, group: str, site: str = ""
 ) -> tuple[Tensor, Tensor]:
@@ -268,16 +218,6 @@ def _registered_row(
 
 
 # Fakes: what torch.compile, meta tensors and opcheck see. Shapes are those of the real ops.
-
-
-@all_gather.register_fake
-def _(x_shard: Tensor, group: str, site: str = "", rows: int | None = None) -> Tensor:
-    return x_shard.new_empty(_gathered_rows(x_shard, group, rows), *x_shard.shape[1:])
-
-
-@reduce_scatter.register_fake
-def _(x: Tensor, group: str, site: str = "", scale: float = 1.0) -> Tensor:
-    return x.new_empty(_own_rows(x, group), *x.shape[1:])
 
 
 @_registered_gather.register_fake
@@ -290,21 +230,21 @@ def _(
     keep_gather: bool = False,
     return_gather: bool = True,
 ) -> tuple[Tensor, Tensor]:
-    gathered = _gathered_rows(x_shard, group, rows)
+    gathered = gathered_rows(x_shard, group, rows)
     kept = gathered if keep_gather or return_gather else 0
     return x_shard.new_empty(gathered, w_shard.shape[0]), x_shard.new_empty(kept, x_shard.shape[1])
 
 
 @_registered_scatter.register_fake
 def _(x: Tensor, w_shard: Tensor, group: str, site: str = "") -> Tensor:
-    return x.new_empty(_own_rows(x, group), w_shard.shape[0])
+    return x.new_empty(own_rows(x, group), w_shard.shape[0])
 
 
 @_registered_column.register_fake
 def _(
     dy: Tensor, x: Tensor, w_shard: Tensor, group: str, site: str = "", gathered: bool = False
 ) -> tuple[Tensor, Tensor]:
-    own = _own_rows(dy, group)
+    own = own_rows(dy, group)
     return dy.new_empty(own, w_shard.shape[1]), w_shard.new_empty(w_shard.shape)
 
 
@@ -313,35 +253,7 @@ def _(dy_shard: Tensor, x: Tensor, w_shard: Tensor, group: str, site: str = "") 
     return x.new_empty(x.shape), w_shard.new_empty(w_shard.shape)
 
 
-def _gathered_rows(x_shard: Tensor, group: str, rows: int | None) -> int:
-    return x_shard.shape[0] * groups.resolve(group).size() if rows is None else rows
-
-
-def _own_rows(x: Tensor, group: str) -> int:
-    process_group = groups.resolve(group)
-    world, rank = process_group.size(), process_group.rank()
-    return (x.shape[0] + world - 1 - rank) // world  # torch.tensor_split: the first M mod W get one more
-
-
 # Gradients. Each op's backward is the op of the other kind.
-
-
-def _all_gather_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    _, ctx.group, ctx.site, _ = inputs
-
-
-def _all_gather_backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    return reduce_scatter(grad.contiguous(), ctx.group, ctx.site), None, None, None
-
-
-def _reduce_scatter_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-    x, ctx.group, ctx.site, ctx.scale = inputs
-    ctx.rows = x.shape[0]
-
-
-def _reduce_scatter_backward(ctx, grad: Tensor):  # type: ignore[no-untyped-def]
-    dx = all_gather(grad.contiguous(), ctx.group, ctx.site, ctx.rows)
-    return dx * ctx.scale if ctx.scale != 1.0 else dx, None, None, None
 
 
 def _all_gather_matmul_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
@@ -398,8 +310,6 @@ def _matmul_reduce_scatter_backward(ctx, dy_shard: Tensor):  # type: ignore[no-u
     return dx, None, None, None
 
 
-all_gather.register_autograd(_all_gather_backward, setup_context=_all_gather_context)
-reduce_scatter.register_autograd(_reduce_scatter_backward, setup_context=_reduce_scatter_context)
 _registered_gather.register_autograd(_all_gather_matmul_backward, setup_context=_all_gather_matmul_context)
 _registered_scatter.register_autograd(
     _matmul_reduce_scatter_backward, setup_context=_matmul_reduce_scatter_context
@@ -430,13 +340,3 @@ class _AccumulatingScatter(_ScatterFunction):
     def forward(*arguments):  # type: ignore[no-untyped-def]
         *plain, _ = arguments
         return (_registered_scatter if _watched(*plain[:2]) else _matmul_reduce_scatter)(*plain)
-
-
-def all_reduce(x: Tensor, group: str, site: str = "", scale: float = 1.0) -> Tensor:
-    """Sum ``x`` over the ranks in rank order, times ``scale``: reduce-scatter, then all-gather.
-
-    ``x [...]`` of any shape -> the same shape, equal bits on every rank. Not differentiable. Raises
-    TransportError if a peer fails.
-    """
-    flat = x.detach().reshape(-1)
-    return all_gather(reduce_scatter(flat, group, site, scale), group, site, flat.shape[0]).reshape(x.shape)

@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
-from flashtrain.comm import ops
+from flashtrain.comm import collectives
 from flashtrain.errors import UserError
 from flashtrain.parallel import data, ssm, tensor
 from flashtrain.parallel.heads import HeadParallel
@@ -185,6 +185,6 @@ def sum_over_tensor(partial: Sequence[Tensor], mesh: DeviceMesh) -> None:
         return
     group = mesh[TENSOR].get_group().group_name
     flat = torch.cat([gradient.reshape(-1) for gradient in partial])
-    summed = ops.all_reduce(flat, group, "replicated gradients")
+    summed = collectives.all_reduce(flat, group, "replicated gradients")
     for gradient, total in zip(partial, summed.split([g.numel() for g in partial]), strict=True):
         gradient.copy_(total.view_as(gradient))

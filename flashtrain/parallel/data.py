@@ -11,7 +11,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 
-from flashtrain.comm import ops
+from flashtrain.comm import collectives
 from flashtrain.errors import UserError
 
 
@@ -29,7 +29,7 @@ class ScheduledAllGather(_Allocate, AllGather):
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> None:
-        ops.all_gather_into(output_tensor, input_tensor, group.group_name, self.site)
+        collectives.all_gather_into(output_tensor, input_tensor, group.group_name, self.site)
 
 
 class ScheduledReduceScatter(_Allocate, ReduceScatter):
@@ -49,7 +49,7 @@ class ScheduledReduceScatter(_Allocate, ReduceScatter):
         if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
             raise NotImplementedError(f"gradients are reduced by sum or mean, not by {op}")
         scale = 1.0 / group.size() if op == dist.ReduceOp.AVG else 1.0
-        output_tensor.copy_(ops.reduce_scatter(input_tensor, group.group_name, self.site, scale))
+        output_tensor.copy_(collectives.reduce_scatter(input_tensor, group.group_name, self.site, scale))
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from flashtrain.comm import groups, ops
+from flashtrain.comm import collectives, groups
 
 IGNORED = -100  # the default ignore_index of torch.nn.functional.cross_entropy
 
@@ -28,7 +28,7 @@ class _VocabularyParallelCrossEntropy(torch.autograd.Function):
 
         # One exchange of three numbers a row; every rank then combines them in rank order.
         statistics = torch.stack([largest, total, target]).view(1, 3, rows)
-        everyone = ops.all_gather(statistics, group, site, world)
+        everyone = collectives.all_gather(statistics, group, site, world)
         top = everyone[:, 0].amax(dim=0)
         denominator = torch.zeros_like(top)
         for peer in range(world):

@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from flashtrain.comm import ops, transport
+from flashtrain.comm import collectives, ops, transport
 from flashtrain.errors import UserError
 from flashtrain.parallel.tensor import _OverTensorGroup, _shard, _Style
 
@@ -109,7 +109,7 @@ class RowRouting(_OverTensorGroup, nn.Module):
         return self._cut(torch.cat(found), total // batch, batch)
 
     def _gathered(self, shard: Tensor, rows: int) -> Tensor:
-        return ops.all_gather(shard.reshape(-1, shard.shape[-1]), self.group, self.site, rows)
+        return collectives.all_gather(shard.reshape(-1, shard.shape[-1]), self.group, self.site, rows)
 
     def _cut(self, whole: Tensor, sequence: int, batch: int) -> Tensor:
         """This rank's shard of ``whole [S·B, H]``, with three dimensions where the sequence divides."""

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from flashtrain.comm import groups, ops
+from flashtrain.comm import collectives, groups
 from flashtrain.errors import UserError
 
 
@@ -35,7 +35,7 @@ def tail_before(x: Tensor, count: int, group: str, site: str = "") -> Tensor:
             "a token: use longer sequences or fewer ranks"
         )
     own = x[:, x.shape[1] - count :]
-    tails = ops.all_gather(own.unsqueeze(0).contiguous(), group, site)
+    tails = collectives.all_gather(own.unsqueeze(0).contiguous(), group, site)
     rank = groups.resolve(group).rank()
     # The sum of none, not a constant: all ranks must take part in the gather's backward pass.
     return tails[max(rank - 1, 0) : rank].sum(0)
@@ -49,7 +49,7 @@ def state_before(final: Tensor, decay: Tensor, group: str, site: str = "") -> Te
     """
     batch, heads, width, states = final.shape
     summary = torch.cat([final.flatten(2), decay.unsqueeze(-1).to(final.dtype)], dim=-1)
-    gathered = ops.all_gather(summary.unsqueeze(0).contiguous(), group, site)
+    gathered = collectives.all_gather(summary.unsqueeze(0).contiguous(), group, site)
     earlier_ones = gathered[: groups.resolve(group).rank()]
     # Zeros, but as a sum of none: all ranks must take part in the gather's backward pass.
     before = earlier_ones[:0, ..., :-1].sum(0).view_as(final)

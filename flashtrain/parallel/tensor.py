@@ -20,7 +20,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from flashtrain.comm import loss, ops, transport
+from flashtrain.comm import collectives, loss, ops, transport
 from flashtrain.errors import UserError
 from flashtrain.parallel.loss import vocabulary_parallel_cross_entropy
 
@@ -135,7 +135,7 @@ class VocabularyParallelEmbedding(_OverTensorGroup, nn.Embedding):
         elsewhere = (index < 0) | (index >= table.shape[0])
         found = nn.functional.embedding(index.masked_fill(elsewhere, 0), table)
         partial = found.masked_fill(elsewhere.unsqueeze(-1), 0.0)
-        shard = ops.reduce_scatter(partial, self.group, self.site)
+        shard = collectives.reduce_scatter(partial, self.group, self.site)
         return self._shard_like(shard, tokens.unsqueeze(-1))
 
 

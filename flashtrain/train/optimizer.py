@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
 
-from flashtrain.comm import ops
+from flashtrain.comm import collectives
 from flashtrain.errors import UserError
 from flashtrain.kernels.adamw.op import optimizer
 from flashtrain.kernels.adamw.slot import Hyperparameters, Slot
@@ -174,7 +174,7 @@ class AdamW:
             ranks = self.mesh[dimension]
             # Over the data dimension FSDP2 has sharded every parameter.
             if ranks.size() > 1:
-                everyone = ops.all_gather(squares, ranks.get_group().group_name, "gradient norm")
+                everyone = collectives.all_gather(squares, ranks.get_group().group_name, "gradient norm")
                 squares = squares.clone()
                 squares[0, 0] = everyone[:, 0].sum()
                 if dimension == DATA:

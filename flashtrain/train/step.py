@@ -7,7 +7,7 @@ import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 
-from flashtrain.comm import ops, transport
+from flashtrain.comm import collectives, transport
 from flashtrain.comm.transport.base import clock
 from flashtrain.nn.attend import Documents
 from flashtrain.parallel.mesh import DATA, TENSOR
@@ -154,7 +154,7 @@ class TrainStep:
         for dimension in (TENSOR, DATA):
             ranks = self.mesh[dimension]
             if ranks.size() > 1:
-                everyone = ops.all_gather(everyone, ranks.get_group().group_name, "mean loss")
+                everyone = collectives.all_gather(everyone, ranks.get_group().group_name, "mean loss")
         # Ranks are numbered with the tensor dimension innermost; each takes the losses of its own column.
         tensor = self.mesh[TENSOR]
         losses = everyone[tensor.get_local_rank() :: tensor.size(), 0].to(loss.dtype)
@@ -177,4 +177,4 @@ def mean_over_data(value: Tensor, mesh: DeviceMesh) -> Tensor:
     ranks = mesh[DATA]
     if ranks.size() == 1:
         return value
-    return ops.all_gather(value.reshape(1), ranks.get_group().group_name, "mean loss").mean()
+    return collectives.all_gather(value.reshape(1), ranks.get_group().group_name, "mean loss").mean()

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashtrain.comm import chunked, ops, transport
+from flashtrain.comm import chunked, collectives, ops, transport
 from flashtrain.errors import UserError
 from tests.comm import oracle
 from tests.comm.doubles import Late, LosesChunks
@@ -49,16 +49,16 @@ def compute(given: oracle.Operands, rank: int, keep_gather: bool) -> dict[str, T
     results |= {"row z": z, "row da": a.grad, "row dw": w.grad}
 
     x = leaf(mine(given.x))
-    x_full = ops.all_gather(x, group, "gather", rows)
+    x_full = collectives.all_gather(x, group, "gather", rows)
     x_full.backward(given.dx_full[rank])
     results |= {"all_gather": x_full, "all_gather dx": x.grad}
 
     for suffix, scale in (("", 1.0), (" mean", 1.0 / world)):
         x = leaf(given.dx_full[rank])
-        shard = ops.reduce_scatter(x, group, "scatter", scale)
+        shard = collectives.reduce_scatter(x, group, "scatter", scale)
         shard.backward(mine(given.x))
         results |= {f"reduce_scatter{suffix}": shard, f"reduce_scatter{suffix} dx": x.grad}
-        results[f"all_reduce{suffix}"] = ops.all_reduce(given.dx_full[rank], group, "all", scale)
+        results[f"all_reduce{suffix}"] = collectives.all_reduce(given.dx_full[rank], group, "all", scale)
     return {name: value.detach() for name, value in results.items()}
 
 
@@ -217,19 +217,29 @@ def _shapes_and_layouts(rank: int, world: int) -> list[str]:
             failures.append(name)
 
     whole = torch.arange(5 * 2 * 3, dtype=torch.float32).view(5, 2, 3)
-    check("3-d gather", ops.all_gather(whole.tensor_split(world)[rank], group, "", 5), whole)
-    check("3-d scatter", ops.reduce_scatter(whole * (rank + 1), group), (whole * 3).tensor_split(world)[rank])
-    check("empty scatter", ops.reduce_scatter(whole[:0], group), whole[:0])
+    check("3-d gather", collectives.all_gather(whole.tensor_split(world)[rank], group, "", 5), whole)
     check(
-        "empty columns", ops.reduce_scatter(whole[..., :0], group), whole[..., :0].tensor_split(world)[rank]
+        "3-d scatter",
+        collectives.reduce_scatter(whole * (rank + 1), group),
+        (whole * 3).tensor_split(world)[rank],
     )
-    check("integers", ops.all_reduce(torch.tensor([2**40 + rank, 7]), group), torch.tensor([2**41 + 1, 14]))
+    check("empty scatter", collectives.reduce_scatter(whole[:0], group), whole[:0])
+    check(
+        "empty columns",
+        collectives.reduce_scatter(whole[..., :0], group),
+        whole[..., :0].tensor_split(world)[rank],
+    )
+    check(
+        "integers",
+        collectives.all_reduce(torch.tensor([2**40 + rank, 7]), group),
+        torch.tensor([2**41 + 1, 14]),
+    )
     check(
         "fp64",
-        ops.all_reduce(torch.tensor(0.1, dtype=torch.float64), group),
+        collectives.all_reduce(torch.tensor(0.1, dtype=torch.float64), group),
         torch.tensor(0.2, dtype=torch.float64),
     )
-    check("scalar", ops.all_reduce(torch.tensor(1.5), group, scale=0.5), torch.tensor(1.5))
+    check("scalar", collectives.all_reduce(torch.tensor(1.5), group, scale=0.5), torch.tensor(1.5))
     strided = torch.arange(48.0).view(6, 8).t()  # [8, 6], columns contiguous
     weight = torch.arange(96.0).view(6, 16).t() / 96
     y, x_full = ops.all_gather_matmul(strided[rank::2], weight, group)
@@ -255,7 +265,7 @@ def _messages(rank: int, world: int) -> list[str]:
         lambda: ops.all_gather_matmul(torch.ones(2, 3), torch.ones(4, 5), group),
         lambda: ops.matmul_reduce_scatter(torch.ones(2, 3, 3), torch.ones(4, 3), group),
         lambda: ops.matmul_reduce_scatter(torch.ones(2, 3), torch.ones(4, 3).bfloat16(), group),
-        lambda: ops.all_gather(torch.ones(3, 2), group, "", 9),
+        lambda: collectives.all_gather(torch.ones(3, 2), group, "", 9),
         lambda: ops.column_gradients(torch.ones(9, 4), torch.ones(3, 2), torch.ones(4, 2), group),
     ):
         try:

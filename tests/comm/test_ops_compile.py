@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torch.testing._internal.distributed.fake_pg import FakeStore
 
-from flashtrain.comm import ops, transport
+from flashtrain.comm import collectives, ops, transport
 from flashtrain.models.decoder import Decoder
 from flashtrain.parallel import apply, mesh
 from tests.distributed import run_distributed
@@ -46,9 +46,9 @@ def samples(rank: int, world: int, group: str) -> list[tuple[Any, tuple[Any, ...
     rows = 2 * world + 1
     mine = 2 + (rank == 0)
     return [
-        (ops.all_gather, (normal(mine, 2, 3), group, "site", rows)),
-        (ops.all_gather, (normal(4, 3), group)),
-        (ops.reduce_scatter, (normal(rows, 2, 3), group, "site", 0.5)),
+        (collectives.all_gather, (normal(mine, 2, 3), group, "site", rows)),
+        (collectives.all_gather, (normal(4, 3), group)),
+        (collectives.reduce_scatter, (normal(rows, 2, 3), group, "site", 0.5)),
         (ops._registered_gather, (normal(mine, 6), normal(5, 6), group, "site", rows)),
         (ops._registered_gather, (normal(4, 6), normal(5, 6), group, "site", None, True)),
         (ops._registered_gather, (normal(mine, 6), normal(5, 6), group, "site", rows, False, False)),
@@ -118,9 +118,9 @@ def test_shapes_at_64_ranks(rank_of_64: int, device: str) -> None:
     assert (y.shape, x_full.shape, z.shape) == ((rows, 8), (rows, 16), (mine, 16))
     (y.sum() + x_full.sum() + z.sum()).backward()
     assert all(t.grad.shape == t.shape and t.grad.device.type == device for t in (x, w, a, v))
-    assert ops.all_gather(x, group, "", rows).shape == (rows, 16)
-    assert ops.reduce_scatter(a, group).shape == (mine, 8)
-    assert ops.all_reduce(a, group).shape == a.shape
+    assert collectives.all_gather(x, group, "", rows).shape == (rows, 16)
+    assert collectives.reduce_scatter(a, group).shape == (mine, 8)
+    assert collectives.all_reduce(a, group).shape == a.shape
 
 
 def wide_decoder() -> Decoder:

@@ -7,7 +7,7 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from flashtrain.comm import ops, transport
+from flashtrain.comm import collectives, transport
 from flashtrain.parallel import data, mesh
 from flashtrain.parallel.mesh import DATA
 from tests.distributed import run_distributed
@@ -123,7 +123,7 @@ def _matches_reference(rank: int, world: int) -> bool:
     """A gradient is the ordered fp32 sum of what the ranks hold, scaled and rounded once."""
     transport.configure(transport.Settings(transport="host"))
     gradients = torch.randn(world, 5 * world, generator=torch.Generator().manual_seed(0)).bfloat16()
-    own = ops.reduce_scatter(gradients[rank], dist.group.WORLD.group_name, "", 1 / world)
+    own = collectives.reduce_scatter(gradients[rank], dist.group.WORLD.group_name, "", 1 / world)
     mine = gradients[:, rank * 5 : (rank + 1) * 5].float()
     return torch.equal(own, ((mine[0] + mine[1] + mine[2]) * (1 / world)).bfloat16())
 

@@ -1,13 +1,14 @@
 """The survey of sites says what really runs: it is held against what the ops were asked for."""
 
 from dataclasses import replace
+from types import ModuleType
 from typing import Any
 
 import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from flashtrain.comm import ops, transport
+from flashtrain.comm import collectives, ops, transport
 from flashtrain.models.decoder import Decoder
 from flashtrain.parallel import tensor
 from flashtrain.parallel.apply import parallelize
@@ -33,8 +34,8 @@ def surveyed(
     sites = survey(model, mesh, rows, CPU)
     ran: dict[str, bool] = {}
 
-    def spy(name: str, with_product: bool) -> None:
-        real = getattr(ops, name)
+    def spy(module: ModuleType, name: str, with_product: bool) -> None:
+        real = getattr(module, name)
 
         def seen(*args: Any, **kwargs: Any) -> Any:
             position = {"all_gather": 2, "reduce_scatter": 2}.get(name, 3)
@@ -42,12 +43,12 @@ def surveyed(
             ran[site] = ran.get(site, False) or with_product
             return real(*args, **kwargs)
 
-        setattr(ops, name, seen)
+        setattr(module, name, seen)
 
     for name in ("all_gather", "reduce_scatter"):
-        spy(name, with_product=False)
+        spy(collectives, name, with_product=False)
     for name in ("all_gather_matmul", "matmul_reduce_scatter"):
-        spy(name, with_product=True)
+        spy(ops, name, with_product=True)
     tokens = torch.arange(rows).reshape(rows, 1) % 64
     model(tokens, tokens).backward()
     transport.shutdown()

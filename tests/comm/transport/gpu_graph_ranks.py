@@ -8,7 +8,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor, nn
 
-from flashtrain.comm import ops, transport
+from flashtrain.comm import collectives, ops, transport
 from flashtrain.comm.schedule import split_rows
 from flashtrain.errors import TransportError, UserError
 from tests.comm.transport.gpu_ranks import draw, start, stop
@@ -52,7 +52,7 @@ class _Layers:
             return y, x_full, z
         column = ops.column_gradients(hidden, x, w, self.group, "up")
         row = ops.row_gradients(dy, hidden, v, self.group, "down")
-        reduced = ops.reduce_scatter(hidden, self.group, "reduce", 0.5)
+        reduced = collectives.reduce_scatter(hidden, self.group, "reduce", 0.5)
         return y, x_full, z, *column, *row, reduced
 
 

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashtrain.comm import chunked, ops, transport, tune
+from flashtrain.comm import chunked, collectives, ops, transport, tune
 from flashtrain.comm.schedule import split_rows
 from flashtrain.comm.transport.group import GroupTransport
 from flashtrain.comm.transport.nvlink import NvlinkTransport
@@ -71,8 +71,10 @@ def both_layers(
     assert x.grad is not None
     assert w.grad is not None
     results |= {"row y": y, "row dx": x.grad, "row dw": w.grad}
-    results["gathered"] = ops.all_gather(draw(rank, mine, 5, dtype=dtype), group, "gather", rows)
-    results["reduced"] = ops.reduce_scatter(draw(60 + rank, rows, 3, dtype=dtype), group, "reduce", 1 / world)
+    results["gathered"] = collectives.all_gather(draw(rank, mine, 5, dtype=dtype), group, "gather", rows)
+    results["reduced"] = collectives.reduce_scatter(
+        draw(60 + rank, rows, 3, dtype=dtype), group, "reduce", 1 / world
+    )
     return {name: tensor.detach() for name, tensor in results.items()}
 
 
@@ -244,7 +246,7 @@ def stress(rank: int, world: int, operations: int, connections: str) -> dict[str
                 partials = [whole[c][begin : begin + counts[rank]] @ w[c].t() for c in range(world)]
                 wanted = ordered_sum(torch.stack(partials))
             else:
-                found = ops.all_gather(whole[rank][: counts[rank]], group, f"gather {salt}", rows)
+                found = collectives.all_gather(whole[rank][: counts[rank]], group, f"gather {salt}", rows)
                 wanted = torch.cat([whole[c][: counts[c]] for c in range(world)])
             wrong += (found != wanted).any() | torch.tensor(found.shape != wanted.shape, device="cuda")
         torch.cuda.current_stream().wait_stream(stream)

@@ -8,7 +8,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from flashtrain.comm import ops, transport
+from flashtrain.comm import collectives, transport
 from flashtrain.comm.transport import host
 from flashtrain.errors import UserError
 from tests.distributed import run_distributed
@@ -40,7 +40,7 @@ def chosen(wanted: str) -> tuple[str, list[str]]:
         return f"UserError: {error}", log.lines
     own = torch.full((2, 1), float(dist.get_rank()))
     everyone = torch.arange(float(dist.get_world_size())).repeat_interleave(2)
-    assert torch.equal(ops.all_gather(own, group).flatten(), everyone)
+    assert torch.equal(collectives.all_gather(own, group).flatten(), everyone)
     return name, log.lines
 
 

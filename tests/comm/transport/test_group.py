@@ -11,7 +11,7 @@ import pytest
 import torch
 import torch.distributed as dist
 
-from flashtrain.comm import ops, schedule, transport
+from flashtrain.comm import collectives, ops, schedule, transport
 from flashtrain.comm.schedule import Expect, Send
 from flashtrain.comm.transport.group import GroupTransport
 from flashtrain.errors import TransportError
@@ -58,9 +58,9 @@ def _meet_a_failure(rank: int, world: int, operation: str, way: str) -> str:
 
     def act() -> None:
         if operation == "all_gather":
-            ops.all_gather(torch.ones(4, 3), group, "layers.7.mlp.up")
+            collectives.all_gather(torch.ones(4, 3), group, "layers.7.mlp.up")
         else:
-            ops.reduce_scatter(torch.ones(4 * world, 3), group, "layers.7.mlp.up")
+            collectives.reduce_scatter(torch.ones(4 * world, 3), group, "layers.7.mlp.up")
 
     act()
     if rank == 1:
