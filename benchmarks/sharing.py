@@ -42,7 +42,7 @@ from flashtrain.models.decoder import Decoder
 from flashtrain.nn import attend as attend_settings
 from flashtrain.nn.attend import Heads, attend
 from flashtrain.nn.region import Deferred, LayerByLayer
-from flashtrain.nn.shared_attention import Sharing
+from flashtrain.nn.sharing import Sharing
 
 SHARING = 11  # layers that share in the op, beside their source
 MODEL = Decoder.Config(vocabulary=32_000, hidden=2048, layers=22, heads=32, kv_heads=32, mlp_width=5632)

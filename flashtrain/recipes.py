@@ -9,7 +9,7 @@ from flashtrain.models.decoder import Decoder
 from flashtrain.nn.flowhn import FlowHN
 from flashtrain.nn.hybrid import Pattern
 from flashtrain.nn.rotary import Llama3Scaling
-from flashtrain.nn.shared_attention import Sharing
+from flashtrain.nn.sharing import Sharing
 from flashtrain.nn.ssm import Mamba2
 from flashtrain.parallel.mesh import Degrees
 from flashtrain.train.optimizer import AdamW

@@ -1,6 +1,7 @@
 """Layers that begin to share attention heads one after the other (EPAS, arXiv 2601.19089, Algorithm 1)."""
 
 import logging
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -16,7 +17,8 @@ class ProgressiveSharing(Callback):
 
     With ``share`` QK this is EPAS, with KV our reconstruction of the gradual conversion of ECHO-LLaMA (arXiv
     2505.17331). Which layers, and from where, is ``Decoder.Config.sharing``. How many depends on the step
-    alone, so a run that goes on from a checkpoint goes on with the right ones.
+    alone, so a run that goes on from a checkpoint goes on with the right ones. What a switch does to weights
+    (``Sharing.init``) comes right before its step: checkpoints from that step on have it, and no other.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -44,15 +46,28 @@ class ProgressiveSharing(Callback):
             begun = max(0, step - self.start_step - 1)
             return min(begun // self.interval * self.growth, targets)
 
-    def __init__(self, config: Config, model: Decoder) -> None:
-        self.config, self.model = config, model
+    def __init__(
+        self, config: Config, model: Decoder, set_to_means: Callable[[Mapping[str, Sequence[str]]], None]
+    ) -> None:
+        """``set_to_means`` sets parameters of ``model`` to means of others, and masters with them."""
+        self.config, self.model, self._set_to_means = config, model, set_to_means
         assert model.config.sharing is not None
         self.targets = len(model.config.sharing.targets_of(model.config.layers))
         self.shared = -1
+        self._stored: int | None = None
 
     def on_start(self, run: Run) -> None:
-        # A run that had ended is only evaluated.
-        self._share(min(run.first_step, run.steps))
+        """Raises UserError if another schedule would take means twice, or leave one out."""
+        done = run.first_step - 1
+        sharing, count = self.model.config.sharing, self.config.shared_at(done, self.targets)
+        if done and sharing is not None and sharing.init == "mean" and self._stored != count:
+            raise UserError(
+                f"after step {done} {count} layers share by this schedule, {self._stored or 0} in the "
+                "checkpoint: with model.sharing.init mean, keep the schedule that the run began with"
+            )
+        # As the weights were trained: a switch before the next step is still to come. A run that had ended is
+        # only evaluated.
+        self._share(min(done, run.steps))
 
     def before_step(self, step: int) -> None:
         before = self.shared
@@ -66,6 +81,8 @@ class ProgressiveSharing(Callback):
     def _share(self, step: int) -> int:
         count = self.config.shared_at(step, self.targets)
         if count != self.shared:
+            if self.shared >= 0 and (means := self.model.shared_means(self.shared, count)):
+                self._set_to_means(means)
             self.model.share(count)
             self.shared = count
         return count
@@ -74,4 +91,5 @@ class ProgressiveSharing(Callback):
         return {"shared": self.shared}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
-        """Take nothing over: the step says it all. What is stored tells others how the model was trained."""
+        """Keep it to compare: the step says it all. It tells others how the model was trained."""
+        self._stored = state.get("shared")

@@ -18,7 +18,8 @@ from flashtrain.nn.mlp import PACKING, SwiGLU
 from flashtrain.nn.norm import RMSNorm
 from flashtrain.nn.pairing import Order, Pairing
 from flashtrain.nn.rotary import Llama3Scaling, no_positions, rotary_table
-from flashtrain.nn.shared_attention import Sharing, make_switchable, switch
+from flashtrain.nn.shared_attention import SwitchableAttention, make_switchable, switch
+from flashtrain.nn.sharing import Sharing
 
 # Projections that write to the residual stream.
 _WRITING = tuple(
@@ -137,22 +138,27 @@ class Decoder(nn.Module):
         self._initialise(generator)
         if config.sharing is not None:
             make_switchable(self._mixers(), config.sharing)
+            for name, parameter in self.named_parameters():
+                if name.endswith("attention.cache.weight"):
+                    self._draw(name, parameter, generator)
 
     def _initialise(self, generator: torch.Generator | None) -> None:
-        # N(0, 2 / (5 hidden)) (arXiv 1910.05895, section 2.2), which fits wide and narrow models; the two
-        # projections that write to the residual stream are divided by sqrt(2 L), as in GPT-2, so that its
-        # variance does not grow with depth.
-        deviation = (2 / (5 * self.config.hidden)) ** 0.5
         for name, parameter in self.named_parameters():
-            if parameter.dim() == 2 and not parameter.is_meta:
-                writes_residual = name.endswith(_WRITING)
-                scale = (2 * self.config.layers) ** -0.5 if writes_residual else 1.0
-                nn.init.normal_(parameter, std=deviation * scale, generator=generator)
+            if parameter.dim() == 2:
+                self._draw(name, parameter, generator)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
         for module in self.modules():  # an SSM's rates and steps
             if callable(initialise := getattr(module, "initialise", None)):
                 initialise(generator)
+
+    def _draw(self, name: str, weight: nn.Parameter, generator: torch.Generator | None) -> None:
+        # N(0, 2 / (5 hidden)) (arXiv 1910.05895, section 2.2), which fits wide and narrow models; the two
+        # projections that write to the residual stream are divided by sqrt(2 L), as in GPT-2, so that its
+        # variance does not grow with depth.
+        if not weight.is_meta:
+            scale = (2 * self.config.layers) ** -0.5 if name.endswith(_WRITING) else 1.0
+            nn.init.normal_(weight, std=(2 / (5 * self.config.hidden)) ** 0.5 * scale, generator=generator)
 
     def _block(self, index: int) -> nn.Module:
         config = self.config
@@ -181,6 +187,24 @@ class Decoder(nn.Module):
         if self.config.sharing is None:
             raise UserError("layers of this model cannot share: it was made without model.sharing")
         switch(self._mixers(), self.config.sharing, count)
+
+    def shared_means(self, before: int, count: int) -> dict[str, tuple[str, ...]]:
+        """Parameters to set when ``count`` layers share after ``before``, by ``config.sharing``.
+
+        Each to the mean of those named for it, which have its shape and are sharded alike; see ``Sharing``.
+        """
+        sharing, mixers = self.config.sharing, self._mixers()
+        found: dict[str, tuple[str, ...]] = {}
+        for source, group in (sharing.means(len(mixers), before, count) if sharing else {}).items():
+            own = mixers[source]
+            assert isinstance(own, SwitchableAttention)
+            name = own.names[0]
+            begins = name if own.cache is None else "cache"
+            for kind, _ in own.get_submodule(name).named_parameters():
+                found[f"layers.{source}.attention.{begins}.{kind}"] = tuple(
+                    f"layers.{layer}.attention.{name}.{kind}" for layer in group
+                )
+        return found
 
     def forward(
         self, tokens: Tensor, targets: Tensor | None = None, documents: Documents | None = None

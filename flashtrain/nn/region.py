@@ -55,6 +55,16 @@ class LayerByLayer:
         output: Tensor = _Source.apply(self, *heads) if torch.is_grad_enabled() else attend(heads)
         return output
 
+    def lend(self, output: Tensor, heads: Heads) -> Tensor:
+        """``output`` of the source, which does without the region: the layers behind join with ``heads``.
+
+        The gradients of shared heads reach those of ``heads`` when that of the output does.
+        """
+        self.heads = Heads(*(part.detach() for part in heads))
+        first = 0 if self.share == "QK" else 1
+        lent: Tensor = _Lent.apply(self, output, *heads[first : first + 2])
+        return lent
+
     def join(self, own: Tensor) -> Tensor:
         if not torch.is_grad_enabled():
             return attend(merged(self.share, own, self.heads))
@@ -101,6 +111,21 @@ class _Source(Function):
             ]
             region.sums = []
         return (None, *gradients)
+
+
+class _Lent(Function):
+    """Nothing but an order: all layers behind have been through backward when the output's gradient comes."""
+
+    @staticmethod
+    def forward(ctx: Any, region: LayerByLayer, output: Tensor, *shared: Tensor) -> Tensor:
+        ctx.region, ctx.dtypes = region, [part.dtype for part in shared]
+        return output.view_as(output)
+
+    @staticmethod
+    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
+        totals, ctx.region.sums = ctx.region.sums, []
+        ctx.region = None
+        return (None, slope, *(total.to(dtype) for total, dtype in zip(totals, ctx.dtypes, strict=True)))
 
 
 class _Sharing(Function):

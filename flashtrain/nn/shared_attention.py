@@ -5,116 +5,19 @@ code nor tables are public; by its map it is also CLA (arXiv 2405.12981) or like
 """
 
 from collections.abc import Sequence
-from dataclasses import dataclass
-from typing import cast
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 
 from flashtrain.errors import UserError
 from flashtrain.kernels.rotary.op import rotary_qkv
-from flashtrain.kernels.shared_attention.config import refusal
 from flashtrain.kernels.weight_gradient import Packing
 from flashtrain.nn.attend import Documents, Heads, attend
 from flashtrain.nn.attention import Attention, KeyValues
 from flashtrain.nn.linear import product
-from flashtrain.nn.region import Region, Share, merged, region
-
-PREDECESSOR, INTERVAL = "region_predecessor", "interval:"
-
-
-@dataclass(frozen=True, kw_only=True)
-class Sharing:
-    """Which layers may share what with which. ``Decoder.share`` says how many of them do; first, all do.
-
-    ``share``: queries and keys, or keys and values. ``targets``: the layers, counted from 0, that may take
-    them over; they begin to with the last. Empty: the second half. ``source``: where from.
-
-    * ``region_predecessor``: the nearest layer before that computes its own, for a whole region one layer.
-    * ``interval:N``: the last layer whose number N divides (CLA); the targets are all others.
-    * a map such as ``0_0_2_2``: layer by layer the number of its source (LCKV's ``layer_types``).
-
-    ``grad_to_source``: gradients of the sharing layers reach the source's projections. ``deferred``: form the
-    gradients of shared queries and keys once, at the source. None: where that is the faster way.
-    """
-
-    share: Share = "QK"
-    targets: tuple[int, ...] = ()
-    source: str = PREDECESSOR
-    grad_to_source: bool = True
-    deferred: bool | None = None
-
-    def defers(self, heads: Heads) -> bool:
-        """Whether gradients of the shared ``heads`` are formed once."""
-        if self.share == "KV" or self.deferred is not None:
-            return bool(self.deferred)
-        query, key, _ = heads
-        # Measured on an H200 (benchmarks/sharing.py): 1.15 times as fast as layer by layer for 32 heads of
-        # 64, 0.91 with 4 KV heads, 0.96 for heads of 128. A CPU forms them from whole matrices of scores.
-        fits = query.shape[1] == key.shape[1] and query.shape[3] <= 64
-        return query.is_cuda and fits and refusal(query.dtype, query.shape[3]) is None
-
-    def validate(self, layers: int) -> None:
-        """Raise UserError for targets or sources that a model of ``layers`` layers does not have."""
-        if self.share == "KV" and self.deferred:
-            raise UserError("model.sharing.deferred is of QK alone: with KV each layer has other scores")
-        if self.source == PREDECESSOR:
-            targets = self.targets_of(layers)
-            if not targets:
-                raise UserError(f"model.layers is {layers}; at least 2 are needed for one to share")
-            for one, after in zip(targets, (*targets[1:], layers), strict=True):
-                if not 1 <= one < after:
-                    raise UserError(
-                        f"model.sharing.targets has layer {one}; they must ascend, from 1 to {layers - 1}"
-                    )
-            return
-        if self.targets:
-            raise UserError(f"model.sharing.source {self.source} says who shares: leave out sharing.targets")
-        given = self._map(layers)
-        if len(given) != layers:
-            raise UserError(f"model.sharing.source names {len(given)} layers; model.layers is {layers}")
-        for layer, source in enumerate(given):
-            if not (0 <= source <= layer and given[source] == source):
-                raise UserError(
-                    f"model.sharing.source gives layer {layer} layer {source}, which is not one before it "
-                    "that computes its own"
-                )
-        if not self.targets_of(layers):
-            raise UserError(f"model.sharing.source {self.source} lets no layer share")
-
-    def targets_of(self, layers: int) -> tuple[int, ...]:
-        """The layers that may share, ascending."""
-        if self.source == PREDECESSOR:
-            return self.targets or tuple(range(layers - layers // 2, layers))
-        return tuple(layer for layer, source in enumerate(self._map(layers)) if source != layer)
-
-    def sources(self, layers: int, count: int) -> tuple[int, ...]:
-        """For each layer the one whose heads it uses, its own number if it computes them itself.
-
-        The last ``count`` targets share. Raises UserError if there are not as many.
-        """
-        targets = self.targets_of(layers)
-        if not 0 <= count <= len(targets):
-            raise UserError(f"{count} layers cannot share: 0 to {len(targets)} can")
-        found = list(range(layers))
-        given = None if self.source == PREDECESSOR else self._map(layers)
-        for layer in targets[len(targets) - count :]:
-            found[layer] = found[layer - 1] if given is None else given[layer]
-        return tuple(found)
-
-    def _map(self, layers: int) -> tuple[int, ...]:
-        if self.source.startswith(INTERVAL):
-            step = self.source.removeprefix(INTERVAL)
-            if not step.isdecimal() or int(step) < 2:
-                raise UserError(f"model.sharing.source is {self.source}; the interval must be at least 2")
-            return tuple(layer - layer % int(step) for layer in range(layers))
-        words = self.source.split("_")
-        if not all(word.isdecimal() for word in words):
-            raise UserError(
-                f"model.sharing.source is {self.source}; it must be {PREDECESSOR}, {INTERVAL}N or one layer "
-                "number for each layer, as 0_0_2_2"
-            )
-        return tuple(map(int, words))
+from flashtrain.nn.region import LayerByLayer, Region, merged, region
+from flashtrain.nn.sharing import Sharing
 
 
 class PackedLinear(nn.Linear):
@@ -150,11 +53,13 @@ class SourceAttention(Attention):
     shares: bool
     hands_over: bool
     is_last: bool  # of those that use the source's heads
+    cache: nn.Linear | None  # what makes the heads for the others where they are not its own
 
     def become(self, handover: Handover, layer: int) -> None:
         """Set up after the class of a plain ``Attention`` was changed to this one."""
         self.handover, self.layer = handover, layer
         self.source, self.shares, self.hands_over, self.is_last = layer, False, False, False
+        self.cache = None
 
     def forward(self, x: Tensor, rotary: Tensor, documents: Documents | None = None) -> Tensor:
         """See ``Attention.forward``. Raises UserError for ``documents``: shared heads know none."""
@@ -162,7 +67,10 @@ class SourceAttention(Attention):
             raise UserError("train.document_mask is true, but layers of model.sharing know no documents")
         if not self.hands_over:
             return super().forward(x, rotary)
-        return self._close(self._open(self.project(x, rotary)))
+        heads = self.project(x, rotary)
+        if self.cache is None:
+            return self._close(self._open(heads))
+        return self._close(self._lend(attend(heads), heads.query, *self._cached(x, rotary)))
 
     @torch.compiler.disable
     def _open(self, heads: Heads) -> Tensor:
@@ -171,16 +79,41 @@ class SourceAttention(Attention):
         self.handover.regions[self.layer] = opened
         return opened.open(heads)
 
-    def extend(self, x: Tensor, rotary: Tensor, past: KeyValues | None) -> tuple[Tensor, KeyValues]:
-        """See ``Attention.extend``."""
+    @torch.compiler.disable
+    def _lend(self, output: Tensor, *heads: Tensor) -> Tensor:
+        opened = LayerByLayer(self.handover.config.share, follow=True)
+        self.handover.regions[self.layer] = opened
+        return opened.lend(output, Heads(*heads))
+
+    def _cached(self, x: Tensor, rotary: Tensor) -> KeyValues:
+        """Keys, rotated, and values ``[B, kv heads, S, D]`` of ``cache``."""
+        assert self.cache is not None
+        sequence = rotary.shape[1]
+        flat: Tensor = self.cache(x)
+        packed = flat.view(sequence, -1, flat.shape[-1])
+        key, _, value = rotary_qkv(packed, rotary, flat.shape[-1] // (2 * self.head_dim), 1, 0, 1)
+        return KeyValues(key, value)
+
+    def extend(self, x: Tensor, rotary: Tensor, past: Any) -> tuple[Tensor, Any]:
+        """See ``Attention.extend``. With ``cache`` it remembers a pair, its own and what cache gave."""
         if not self.hands_over:
             return super().extend(x, rotary, past)
         heads = self.project(x, rotary)
-        if past is not None:
-            key, value = torch.cat([past.key, heads.key], dim=2), torch.cat([past.value, heads.value], dim=2)
-            heads = Heads(heads.query, key, value)
-        self.handover.heads[self.layer] = heads
-        return self._close(attend(heads)), KeyValues(heads.key, heads.value)
+        own, lent = (past, None) if self.cache is None else past or (None, None)
+        now = _longer(own, KeyValues(heads.key, heads.value))
+        heads = Heads(heads.query, *now)
+        if self.cache is None:
+            self.handover.heads[self.layer] = heads
+            return self._close(attend(heads)), now
+        lent = _longer(lent, self._cached(x, rotary))
+        self.handover.heads[self.layer] = Heads(heads.query, *lent)
+        return self._close(attend(heads)), (now, lent)
+
+
+def _longer(past: KeyValues | None, new: KeyValues) -> KeyValues:
+    if past is None:
+        return new
+    return KeyValues(torch.cat([past.key, new.key], dim=2), torch.cat([past.value, new.value], dim=2))
 
 
 class SwitchableAttention(SourceAttention):
@@ -208,6 +141,17 @@ class SwitchableAttention(SourceAttention):
                 made.bias = nn.Parameter(biases[name].clone())
             self.add_module(name, made)
         self.add_module("out", out)
+
+    def add_cache(self) -> None:
+        """Give it a ``cache`` as large as its own ``kv``, without values yet."""
+        own = self.get_submodule("kv")
+        assert isinstance(own, nn.Linear)
+        made = nn.Linear(own.in_features, own.out_features, bias=own.bias is not None, device="meta")
+        made.weight = nn.Parameter(torch.empty_like(own.weight))
+        if own.bias is not None:
+            made.bias = nn.Parameter(torch.zeros_like(own.bias))
+        del self.cache  # the plain attribute
+        self.cache = made
 
     def pieces(self, packed: Tensor) -> dict[str, Tensor]:
         """Rows ``[kv heads · (group + 2) · head_dim, ...]`` of ``qkv`` -> those of each own projection."""
@@ -252,7 +196,7 @@ class SwitchableAttention(SourceAttention):
         opened = regions.pop(self.source) if self.is_last else regions[self.source]
         return opened.join(own)
 
-    def extend(self, x: Tensor, rotary: Tensor, past: KeyValues | None) -> tuple[Tensor, KeyValues]:
+    def extend(self, x: Tensor, rotary: Tensor, past: Any) -> tuple[Tensor, Any]:
         """See ``Attention.extend``. What is the source's in the cache is the source's own memory."""
         if not self.shares:
             return super().extend(x, rotary, past)
@@ -275,7 +219,8 @@ class SwitchableAttention(SourceAttention):
 
     def flops_per_token(self, sequence: int) -> float:
         """See ``Attention.flops_per_token``; a projection that is not used has none."""
-        used = [*self.names[self.shares :], "out"]
+        lent = ["cache"] if self.hands_over and self.cache is not None else []
+        used = [*self.names[self.shares :], *lent, "out"]
         weights = [self.get_parameter(f"{name}.weight") for name in used]
         return 2.0 * sum(w.numel() for w in weights) + 2.0 * sequence * weights[-1].shape[1]
 
@@ -283,25 +228,33 @@ class SwitchableAttention(SourceAttention):
 def make_switchable(attentions: Sequence[nn.Module], config: Sharing) -> None:
     """Let ``attentions``, one of each layer in order, share as ``config`` says; all targets do at first.
 
-    Changes classes and parameters in place. Raises UserError for a layer whose mixer is no ``Attention``.
+    Changes classes and parameters in place; a ``fresh`` cache has no values yet. Raises UserError for a layer
+    whose mixer is no ``Attention``.
     """
     layers, handover = len(attentions), Handover(config)
     targets = config.targets_of(layers)
     sources = {source for count in range(len(targets) + 1) for source in config.sources(layers, count)}
+    # Those that targets take from in the end; others that hand over before are targets themselves.
+    last = {source for layer, source in enumerate(config.sources(layers, len(targets))) if source != layer}
+    apart = {*targets, *last} if config.sources_apart else set(targets)
     for layer, attention in enumerate(attentions):
-        kind = SwitchableAttention if layer in targets else SourceAttention if layer in sources else None
+        kind = SwitchableAttention if layer in apart else SourceAttention if layer in sources else None
         if kind is None:
             continue
         if type(attention) is not Attention:
             raise UserError(f"layer {layer} cannot share: its mixer is a {type(attention).__name__}")
         attention.__class__ = kind
         cast(SourceAttention, attention).become(handover, layer)
+        if layer in last and config.kv_origin == "fresh":
+            cast(SwitchableAttention, attention).add_cache()
     switch(attentions, config, len(targets))
 
 
 def switch(attentions: Sequence[nn.Module], config: Sharing, count: int) -> None:
     """Let the last ``count`` targets share, and the others compute their own heads."""
-    sources = config.sources(len(attentions), count)
+    sources, whole = config.sources(len(attentions), count), len(config.targets_of(len(attentions)))
+    if config.kv_origin == "fresh" and count not in (0, whole):
+        raise UserError(f"{count} layers cannot share: with kv_origin fresh all {whole} do, or none")
     for layer, attention in enumerate(attentions):
         if isinstance(attention, SourceAttention):
             users = [user for user, source in enumerate(sources) if source == sources[layer]]

@@ -29,6 +29,7 @@ def decoder_plan(rows: tensor.Rows) -> dict[str, ParallelStyle]:
         "layers.*.attention.v": tensor.ColumnParallel(rows),
         "layers.*.attention.kv": tensor.ColumnParallelPacked(rows),
         "layers.*.attention.q": tensor.ColumnParallel(rows),
+        "layers.*.attention.cache": tensor.ColumnParallel(rows),
         "layers.*.attention.out": tensor.RowParallel(rows),
         "layers.*.mlp_norm": tensor.SequenceParallel(rows),
         "layers.*.mlp.gate_up": tensor.ColumnParallel(rows),

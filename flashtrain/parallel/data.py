@@ -96,6 +96,13 @@ def shard(
     return model
 
 
+def release(model: nn.Module) -> None:
+    """Let go of gathered parameters that were kept, as after a forward pass alone: shards are the weights."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
+            module.reshard()
+
+
 def _gather_ahead(units: Sequence[FSDPModule], count: int) -> None:
     """Let each unit start the gathers of the ``count`` that run after it, forward and backward."""
     for place, unit in enumerate(units):

@@ -10,6 +10,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from flashtrain.checkpoint import CheckpointStore
+from flashtrain.errors import UserError
 from flashtrain.metrics import peak_flops
 from flashtrain.models.decoder import Decoder
 from flashtrain.parallel.apply import parallelize
@@ -62,18 +63,30 @@ def describe(model: Decoder, train: Training, device: torch.device) -> Built:
     return Built(model, model.parameter_count(), model.flops_per_token(train.sequence), peak)
 
 
-def start_from(source: Path | None, model: Decoder, out: Path) -> None:
+def start_from(
+    source: Path | None, model: Decoder, out: Path, shares: bool = False
+) -> dict[str, tuple[str, ...]]:
     """Take over the weights of ``source``, unless the run in ``out`` has a checkpoint of its own.
 
-    Before the optimizer is made, which takes its masters from the weights.
+    Before the optimizer is made, which takes its masters from the weights. -> what it then is to set to means
+    (see ``AdamW.set_to_means``), if layers share (``shares``: from the first step on) that did not in source.
+    Raises UserError if ``source`` is damaged, of another model, or shares already what would begin as a mean.
     """
+    means: dict[str, tuple[str, ...]] = {}
     if source is None or CheckpointStore(out / snapshot.CHECKPOINTS).latest() is not None:
-        return
+        return means
     path = snapshot.find(source)
-    snapshot.load_weights(path, model)
+    if shares and (sharing := model.config.sharing) is not None:
+        if snapshot.model_config(path).sharing is None:
+            means = model.shared_means(0, len(sharing.targets_of(model.config.layers)))
+        elif sharing.init == "mean":
+            raise UserError(f"layers of {path} share already: set model.sharing.init to copy")
+    read = {name for group in means.values() for name in group}
+    snapshot.load_weights(path, model, means.keys() - read)
     log.info("starting with the weights of %s", path)
     if dist.get_rank() == 0 and (came := carried.find(path)) is not None:
         carried.copy(came, out / carried.FOLDER, carried.ALL)
+    return means
 
 
 def build_step(

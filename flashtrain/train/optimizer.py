@@ -2,7 +2,7 @@
 
 import math
 import sys
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -138,6 +138,25 @@ class AdamW:
             decay=config.weight_decay,
             update=update,
         )
+
+    def set_to_means(self, means: Mapping[str, Sequence[str]]) -> None:
+        """Set parameters, by name, to the means of others of the same shape and sharding; moments stay.
+
+        Masters are added in the order given and divided once, so ranks need nothing of each other and the
+        bits are those of any mesh; weights are rounded from them. Data parallelism must hold no gathered
+        weights meanwhile.
+        """
+        found: dict[str, Tensor] = {}
+        for name, (first, *others) in means.items():
+            total = self._slots[first].master.clone()
+            for other in others:
+                total += self._slots[other].master
+            found[name] = total / (1 + len(others))
+        for name, mean in found.items():
+            slot = self._slots[name]
+            slot.master.copy_(mean)
+            if slot.weight is not slot.master:
+                slot.weight.copy_(mean)
 
     def state(self) -> dict[str, Tensor]:
         """Moments, and the masters where they are not the parameters; sharded like the parameters."""

@@ -1,7 +1,7 @@
 """What a checkpoint of a run holds, and how it comes back."""
 
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Collection, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -103,15 +103,18 @@ def model_config(path: Path) -> Decoder.Config:
         raise UserError(f"checkpoint {path} {reason}") from None
 
 
-def load_weights(path: Path, model: nn.Module) -> None:
+def load_weights(path: Path, model: nn.Module, new: Collection[str] = ()) -> None:
     """Fill ``model`` in place, on any mesh, rounding where its dtype is narrower. Collective.
+
+    All but its parameters ``new``, which the checkpoint has not.
 
     Packed projections of a checkpoint are cut in two for layers that have them apart, since they may share.
     Raises UserError if the checkpoint is damaged or of another model.
     """
     store = CheckpointStore(path.parent)
     stored = store.read_manifest(path).tensors.get("model", {})
-    targets, apart = {name: p.detach() for name, p in model.named_parameters()}, _apart(model, stored)
+    targets = {name: p.detach() for name, p in model.named_parameters() if name not in new}
+    apart = _apart(model, stored)
     read: dict[str, Tensor] = {packed: empty for packed, empty, _ in apart.values()}
     for name, target in targets.items():
         if name in apart:

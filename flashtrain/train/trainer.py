@@ -3,6 +3,7 @@
 import contextlib
 import logging
 import os
+from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, field, replace
 from datetime import timedelta
 from pathlib import Path
@@ -29,7 +30,7 @@ from flashtrain.models.decoder import Decoder
 from flashtrain.nn import attend
 from flashtrain.parallel import mesh as meshes
 from flashtrain.parallel import sites
-from flashtrain.parallel.data import Sharding
+from flashtrain.parallel.data import Sharding, release
 from flashtrain.parallel.mesh import Degrees
 from flashtrain.train import attention, faults, ranks, snapshot
 from flashtrain.train import places as where
@@ -92,9 +93,19 @@ class Trainer:
             self.watch.validate(self.train.steps)
             self.skip.validate()
             self.stragglers.validate()
+            given = self.model.sharing
             if self.sharing is not None:
-                given = self.model.sharing
                 self.sharing.validate(0 if given is None else len(given.targets_of(self.model.layers)))
+                if given is not None and given.kv_origin == "fresh":
+                    raise UserError(
+                        "model.sharing.kv_origin is fresh, but the source moves as layers begin to share one "
+                        "after the other: leave out sharing, or set kv_origin to layer"
+                    )
+            elif given is not None and given.init == "mean" and self.train.init_from is None:
+                raise UserError(
+                    "model.sharing.init is mean, which is of trained weights: set train.init_from, or a "
+                    "schedule, sharing"
+                )
             faults.validate(self.faults, self.parallel.world)
             for name in ("pairing", "layout", "sharing"):
                 if self.train.document_mask and getattr(self.model, name) is not None:
@@ -165,9 +176,10 @@ class Trainer:
         built = build_model(config.model, train, config.fsdp, self.mesh, device)
         self.model, self.parameter_count = built.model, built.parameter_count
         self.results = Results(built, train, device)
-        start_from(train.init_from, self.model, self.out)
+        means = start_from(train.init_from, self.model, self.out, shares=config.sharing is None)
         self.step = build_step(self.model, self.mesh, config.optimizer, config.skip, config.faults, self.out)
         self.optimizer, self.skips, self.faults = self.step.optimizer, self.step.skips, self.step.faults
+        self.set_to_means(means)
         self.stragglers = Stragglers(config.stragglers)
         checkpoints = self.out / snapshot.CHECKPOINTS
         self.store = CheckpointStore(checkpoints, keep=config.checkpoint.keep)
@@ -175,6 +187,11 @@ class Trainer:
         if config.checkpoint.background:
             group = dist.new_group(backend="gloo", timeout=timedelta(seconds=config.comm.timeout))
             self.saver = BackgroundSaver(CheckpointStore(checkpoints, config.checkpoint.keep, group))
+
+    def set_to_means(self, means: Mapping[str, Sequence[str]]) -> None:
+        """Between steps; see ``AdamW.set_to_means``."""
+        release(self.model)
+        self.optimizer.set_to_means(means)
 
     def _resume(self) -> tuple[int, dict[str, Any]]:
         path = self.store.latest()
@@ -194,7 +211,7 @@ class Trainer:
         survey = sites.survey(self.model, self.mesh, rows, self.device)
         callbacks: list[Callback] = []
         if self.config.sharing is not None:
-            callbacks.append(ProgressiveSharing(self.config.sharing, self.model))
+            callbacks.append(ProgressiveSharing(self.config.sharing, self.model, self.set_to_means))
         callbacks += build_callbacks(
             self.config.watch, dist.get_rank(), self.device, survey, self.batches.unigram_entropy
         )

@@ -17,7 +17,7 @@ from flashtrain.kernels.rotary import reference as rotary_reference
 from flashtrain.kernels.shared_attention import op, reference
 from flashtrain.models.decoder import Decoder
 from flashtrain.nn.rotary import rotary_table
-from flashtrain.nn.shared_attention import Sharing
+from flashtrain.nn.sharing import Sharing
 
 pytestmark = [
     pytest.mark.gpu,

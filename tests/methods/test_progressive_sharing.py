@@ -2,6 +2,7 @@
 
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import pytest
 
@@ -9,7 +10,8 @@ from flashtrain.errors import UserError
 from flashtrain.methods.callback import Run
 from flashtrain.methods.progressive_sharing import ProgressiveSharing
 from flashtrain.models.decoder import Decoder
-from flashtrain.nn.shared_attention import Sharing, SwitchableAttention
+from flashtrain.nn.shared_attention import SwitchableAttention
+from flashtrain.nn.sharing import Sharing
 
 CONFIG = Decoder.Config(hidden=32, layers=5, heads=2, kv_heads=1, mlp_width=64)
 Schedule = ProgressiveSharing.Config
@@ -67,10 +69,14 @@ def run(first_step: int, steps: int = 20) -> Run:
     return Run(Path("unused"), first_step, steps, "", "")
 
 
+def unchanged(means: Any) -> None:
+    raise AssertionError(f"a switch without init mean changes weights: {means}")
+
+
 def test_layers_share_from_the_step_on_wherever_the_run_begins(caplog: pytest.LogCaptureFixture) -> None:
     model = Decoder(replace(CONFIG, sharing=Sharing(targets=(2, 3, 4))))
     assert sharing_layers(model) == [2, 3, 4], "without a schedule all share"
-    callback = ProgressiveSharing(Schedule(interval=4), model)
+    callback = ProgressiveSharing(Schedule(interval=4), model, unchanged)
     callback.on_start(run(1))
     assert sharing_layers(model) == []
     seen = []
@@ -84,9 +90,11 @@ def test_layers_share_from_the_step_on_wherever_the_run_begins(caplog: pytest.Lo
     ]
     assert callback.state_dict() == {"shared": 3}
 
-    again = ProgressiveSharing(Schedule(interval=4), model)
+    again = ProgressiveSharing(Schedule(interval=4), model, unchanged)
     again.load_state_dict({"shared": 1})
     again.on_start(run(9))
+    assert sharing_layers(model) == [4], "as in the step that was the last"
+    again.before_step(9)
     assert sharing_layers(model) == [3, 4]
     again.on_start(run(21, steps=8))
     assert sharing_layers(model) == [4], "a run that has ended is evaluated as in its last step"

@@ -11,14 +11,17 @@ from torch import Tensor
 from torch._dynamo.testing import CompileCounter
 
 from flashtrain.errors import UserError
+from flashtrain.kernels.rotary.reference import rotate
 from flashtrain.models.decoder import Decoder
 from flashtrain.nn.attend import Heads, attend
 from flashtrain.nn.attention import Attention
-from flashtrain.nn.shared_attention import Sharing, SwitchableAttention
+from flashtrain.nn.shared_attention import SwitchableAttention
+from flashtrain.nn.sharing import Sharing
 
 CONFIG = Decoder.Config(vocabulary=50, hidden=48, layers=6, heads=6, kv_heads=2, mlp_width=64, qkv_bias=True)
 QK, KV = Sharing(targets=(3, 4, 5), deferred=True), Sharing(share="KV", targets=(3, 4, 5))
 LAYER_BY_LAYER = replace(QK, deferred=False)
+FRESH = replace(KV, kv_origin="fresh")
 
 
 def decoder(sharing: Sharing | None, config: Decoder.Config = CONFIG) -> Decoder:
@@ -172,6 +175,95 @@ def test_the_second_half_shares_by_default_and_groups_have_sources_of_their_own(
     compare(plain, model)
 
 
+def hand_over_fresh(model: Decoder, source: int, weight: Tensor, bias: Tensor) -> None:
+    """Give layers behind ``source`` keys and values of one more projection of its input, as in YOCO."""
+    kept: list[Tensor] = []
+
+    def forward(layer: int, attention: Attention, x: Tensor, rotary: Tensor, documents: None) -> Tensor:
+        if layer == source:
+            made = (x @ weight.t() + bias).unflatten(-1, (2, 2, 8)).permute(3, 1, 2, 0, 4)  # key and value
+            kept[:] = rotate(made[0], rotary), made[1]
+        own = attention.project(x, rotary)
+        return attention._close(attend(own if layer <= source else Heads(own.query, *kept)))
+
+    for number, layer in enumerate(model.layers):
+        layer.attention.forward = partial(forward, number, layer.attention)
+
+
+def test_a_fresh_cache_equals_one_more_projection_at_the_source() -> None:
+    plain, model = alike(FRESH)
+    cache = model.get_submodule("layers.2.attention.cache")
+    torch.nn.init.normal_(cache.bias, std=0.5, generator=torch.Generator().manual_seed(3))
+    apart = [part.detach().clone().requires_grad_() for part in (cache.weight, cache.bias)]
+    hand_over_fresh(plain, 2, *apart)
+    compare(plain, model)
+    for own, wanted in zip((cache.weight, cache.bias), apart, strict=True):
+        torch.testing.assert_close(own.grad, wanted.grad, rtol=1e-11, atol=1e-14)
+    unused = {name.split(".")[1] for name, p in model.named_parameters() if p.grad is None}
+    assert unused == {"3", "4", "5"}, "the source uses its own keys and values"
+    assert not cache_regions(model), "heads outlive the pass"
+
+
+def cache_regions(model: Decoder) -> dict[int, Any]:
+    return switchable(model)["layers.2.attention"].handover.regions
+
+
+def test_a_fresh_cache_changes_no_other_weight_and_nothing_while_it_is_not_used() -> None:
+    plain = Decoder(CONFIG, torch.Generator().manual_seed(0))
+    model = Decoder(replace(CONFIG, sharing=FRESH), torch.Generator().manual_seed(0))
+    caches = [name for name, _ in model.named_parameters() if ".cache." in name]
+    assert caches == ["layers.2.attention.cache.weight", "layers.2.attention.cache.bias"]
+    cache = model.get_parameter(caches[0])
+    assert 0.8 < cache.std() / (2 / (5 * 48)) ** 0.5 < 1.2
+    assert model.parameter_count() - plain.parameter_count() == cache.numel() + len(cache)
+    sharing = model.flops_per_token(9)
+    model.share(0)
+    assert torch.equal(plain(*batch()), model(*batch()))
+    assert model.flops_per_token(9) == plain.flops_per_token(9)
+    # Three layers do without as large a projection, and the source has one more.
+    assert plain.flops_per_token(9) - sharing == 3.0 * 2.0 * (3 - 1) * cache.numel()
+    with pytest.raises(UserError, match="2 layers cannot share: with kv_origin fresh all 3 do, or none"):
+        model.share(2)
+
+
+@pytest.mark.parametrize(
+    ("sharing", "steps", "wanted"),
+    [
+        (KV, (0, 1, 2, 3), [{4: (4, 5)}, {3: (3, 4, 4)}, {2: (2, 3, 3, 3)}]),
+        (KV, (0, 3), [{2: (2, 3, 4, 5)}]),
+        (KV, (3, 3, 1), [{}, {}]),
+        (QK, (0, 2), [{3: (3, 4, 5)}]),
+        (Sharing(source="interval:2"), (0, 1, 3), [{4: (4, 5)}, {0: (0, 1), 2: (2, 3)}]),
+        (Sharing(source="interval:3"), (0, 1, 2), [{3: (3, 5)}, {3: (3, 4, 3)}]),
+    ],
+)
+def test_a_source_begins_with_the_mean_of_what_its_layers_used(
+    sharing: Sharing, steps: tuple[int, ...], wanted: list[dict[int, tuple[int, ...]]]
+) -> None:
+    averaged = replace(sharing, init="mean")
+    assert [averaged.means(6, *each) for each in pairwise(steps)] == wanted
+    assert [sharing.means(6, *each) for each in pairwise(steps)] == [{} for _ in wanted]
+
+
+def test_a_fresh_cache_begins_with_its_sources_weights_or_with_the_mean() -> None:
+    assert FRESH.means(6, 0, 3) == {2: (2,)}
+    assert replace(FRESH, init="mean").means(6, 0, 3) == {2: (2, 3, 4, 5)}
+    name, kv = "layers.2.attention.cache", "layers.{}.attention.kv"
+    assert decoder(replace(FRESH, init="mean")).shared_means(0, 3) == {
+        f"{name}.{kind}": tuple(f"{kv.format(layer)}.{kind}" for layer in (2, 3, 4, 5))
+        for kind in ("weight", "bias")
+    }
+
+
+def test_projections_of_sources_apart_change_no_bit() -> None:
+    models = [
+        Decoder(replace(CONFIG, sharing=s), torch.Generator().manual_seed(0))
+        for s in (KV, replace(KV, init="mean"))
+    ]
+    assert torch.equal(*(model(*batch()) for model in models))
+    assert "layers.2.attention" in switchable(models[1]).keys() - switchable(models[0]).keys()
+
+
 @pytest.mark.parametrize(("sharing", "unused", "used"), [(QK, "qk", "v"), (KV, "kv", "q")])
 def test_only_the_projection_in_use_changes_logits(sharing: Sharing, unused: str, used: str) -> None:
     model, tokens = decoder(sharing), batch()[0]
@@ -183,11 +275,16 @@ def test_only_the_projection_in_use_changes_logits(sharing: Sharing, unused: str
         assert not torch.equal(model(tokens), before)
 
 
-@pytest.mark.parametrize("sharing", [QK, KV, Sharing(source="0_1_0_1_4_0"), Sharing(source="interval:2")])
+@pytest.mark.parametrize(
+    "sharing",
+    [QK, KV, FRESH, Sharing(source="0_1_0_1_4_0"), Sharing(source="interval:2"),
+     replace(FRESH, targets=(), source="0_1_0_1_4_0")],
+)  # fmt: skip
 def test_a_sequence_in_pieces_is_the_sequence_for_every_region(sharing: Sharing) -> None:
     model, tokens = decoder(sharing), batch()[0]
     with torch.no_grad():
-        for count in range(len(sharing.targets_of(6)) + 1):
+        every = len(sharing.targets_of(6))
+        for count in (0, every) if sharing.kv_origin == "fresh" else range(every + 1):
             model.share(count)
             whole, past, done = model(tokens), None, 0
             for piece in (4, 1, 1, 3):
@@ -202,6 +299,10 @@ def test_a_shared_cache_is_not_held_twice() -> None:
         past = model.extend(tokens)[1].layers
     assert past[5].key is past[2].key
     assert past[5].value is not past[2].value
+    with torch.no_grad():
+        own, lent = (past := decoder(FRESH).extend(tokens)[1].layers)[2]
+    assert past[5].key is past[3].key is lent.key
+    assert not torch.equal(own.key, lent.key)
 
 
 def test_bits_are_those_of_the_run_before() -> None:
@@ -249,6 +350,8 @@ def test_flops_fall_with_every_layer_that_shares() -> None:
         (Sharing(source="0_0_1_3_4_5"), "gives layer 2 layer 1, which is not one before it"),
         (Sharing(source="0_1_2_3_4_5"), "lets no layer share"),
         (Sharing(share="KV", deferred=True), "model.sharing.deferred is of QK alone"),
+        (Sharing(kv_origin="fresh"), "model.sharing.kv_origin is fresh, a cache of keys and values"),
+        (replace(FRESH, grad_to_source=False), "set grad_to_source, which trains it"),
     ],
 )
 def test_settings_that_do_not_fit_are_named(sharing: Sharing, message: str) -> None:

@@ -17,7 +17,9 @@ from flashtrain.methods.callback import Run
 from flashtrain.methods.progressive_sharing import ProgressiveSharing
 from flashtrain.models import hf
 from flashtrain.models.decoder import Decoder
-from flashtrain.nn.shared_attention import Sharing, SwitchableAttention
+from flashtrain.nn.shared_attention import SwitchableAttention
+from flashtrain.nn.sharing import Sharing
+from flashtrain.parallel.data import Sharding
 from flashtrain.parallel.mesh import DATA, Degrees
 from flashtrain.recipes import RECIPES
 from flashtrain.train import snapshot
@@ -28,6 +30,8 @@ from tests.distributed import run_distributed
 from tests.train.runs import metrics, train, trajectory, write_text
 
 QK, KV = Sharing(targets=(1, 2, 3)), Sharing(share="KV", targets=(1, 2, 3))
+FRESH = replace(KV, kv_origin="fresh", targets=(2, 3))
+MEANS = [replace(way, init="mean") for way in (QK, KV)]
 NEVER, SOON = ProgressiveSharing.Config(interval=1000), ProgressiveSharing.Config(interval=1)
 STEPS = 5  # with SOON 0, 1, 2, 3, 3 layers share
 
@@ -67,7 +71,9 @@ class Steps:
         self.next, states = self.trainer._resume()
         self.callback = None
         if settings.sharing is not None:
-            self.callback = ProgressiveSharing(settings.sharing, self.trainer.model)
+            self.callback = ProgressiveSharing(
+                settings.sharing, self.trainer.model, self.trainer.set_to_means
+            )
             self.callback.load_state_dict(states.get("ProgressiveSharing", {}))
             self.callback.on_start(Run(Path(out), self.next, STEPS, "", ""))
 
@@ -84,7 +90,9 @@ class Steps:
         return found
 
     def save(self) -> None:
-        trainer, states = self.trainer, {"ProgressiveSharing": self.callback.state_dict()}
+        trainer, states = self.trainer, {}
+        if self.callback is not None:
+            states["ProgressiveSharing"] = self.callback.state_dict()
         snapshot.save(trainer.store, self.next - 1, trainer.model, trainer.optimizer, trainer.config, states)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -134,21 +142,26 @@ def test_before_the_first_switch_it_is_the_plain_run_to_the_bit(text: Path, degr
     assert run_distributed(_switched_off, world, config(text, *degrees), others) == [[]] * world
 
 
+def every_kind(text: Path, *degrees: int) -> list[Trainer.Config]:
+    runs = [shared(text, way, SOON, *degrees) for way in (QK, KV, MEANS[1])]
+    return [*runs, shared(text, FRESH, None, *degrees)]
+
+
 def _trajectories(rank: int, world: int, settings: list[Trainer.Config]) -> list[list[tuple[float, float]]]:
     return [Steps(one).take(STEPS) for one in settings]
 
 
 @pytest.fixture(scope="module")
 def one_rank(text: Path) -> list[list[tuple[float, float]]]:
-    return run_distributed(_trajectories, 1, [shared(text, way, SOON) for way in (QK, KV)])[0]
+    return run_distributed(_trajectories, 1, every_kind(text))[0]
 
 
 @pytest.mark.parametrize("degrees", [(2, 1), (1, 2), (2, 2)])
 def test_regions_over_many_ranks_train_as_on_one(
     text: Path, one_rank: list[list[tuple[float, float]]], degrees: tuple[int, int]
 ) -> None:
-    settings = [shared(text, way, SOON, *degrees) for way in (QK, KV)]
-    for runs in run_distributed(_trajectories, degrees[0] * degrees[1], settings):
+    assert one_rank[1] != one_rank[2], "init mean makes no difference"
+    for runs in run_distributed(_trajectories, degrees[0] * degrees[1], every_kind(text, *degrees)):
         for losses, alone in zip(runs, one_rank, strict=True):
             for step, ((loss, norm), (wanted, wanted_norm)) in enumerate(zip(losses, alone, strict=True), 1):
                 assert loss == pytest.approx(wanted, rel=1e-4), step
@@ -179,13 +192,16 @@ def _broken(
     }
 
 
-@pytest.mark.parametrize(("degrees", "others"), [((1, 2), (2, 1)), ((2, 1), (1, 2))])
+@pytest.mark.parametrize(
+    ("sharing", "degrees", "others"),
+    [(QK, (1, 2), (2, 1)), (MEANS[1], (2, 1), (1, 2)), (MEANS[0], (1, 2), (2, 1))],
+)
 def test_resuming_across_a_switch_gives_the_bits_of_the_unbroken_run(
-    text: Path, tmp_path: Path, degrees: tuple[int, int], others: tuple[int, int]
+    text: Path, tmp_path: Path, sharing: Sharing, degrees: tuple[int, int], others: tuple[int, int]
 ) -> None:
-    settings, other = (shared(text, QK, SOON, *each) for each in (degrees, others))
+    settings, other = (shared(text, sharing, SOON, *each) for each in (degrees, others))
     for found in run_distributed(_broken, 2, settings, other, str(tmp_path)):
-        assert found["counts"] == (1, 2), "saved with one layer that shares, continued with two"
+        assert found["counts"] == (1, 1), "the second layer's turn is in the next step"
         assert found["trajectory"]
         assert found["tensors"] == found["moved"] == []
         assert max(found["elsewhere"]) < 1e-3
@@ -234,7 +250,7 @@ def test_unused_projections_are_neither_gathered_nor_decayed(
 def _from_packed(rank: int, world: int, plain: Trainer.Config, other: Trainer.Config, out: str) -> list[str]:
     first = Steps(plain, out)
     first.take(1)
-    first.callback = ProgressiveSharing(SOON, Decoder(other.model))
+    first.callback = ProgressiveSharing(SOON, Decoder(other.model), lambda means: None)
     first.save()
     loaded = Steps(replace(other, train=replace(other.train, init_from=Path(out))), out + "-other")
     weights = {n: t for n, t in first.tensors().items() if n in dict(first.trainer.model.named_parameters())}
@@ -248,9 +264,96 @@ def test_a_run_that_shares_starts_from_weights_that_do_not(
     text: Path, tmp_path: Path, degrees: tuple[int, int]
 ) -> None:
     plain = config(text, *degrees)
-    other = shared(text, KV, SOON, *degrees)
+    other = shared(text, MEANS[1], SOON, *degrees)  # what it means comes with the first switch
     out = str(tmp_path / "run")
     assert run_distributed(_from_packed, 2, plain, other, out) == [[]] * 2
+
+
+def _switched(rank: int, world: int, settings: Trainer.Config) -> list[str]:
+    """What a switch does to weights, masters and moments, and whether the next step computes with it."""
+    failures = []
+    unbroken, steps = Steps(settings), Steps(settings)
+    wanted = unbroken.take(2)[1:]
+    steps.take(1)
+    before = steps.tensors()
+    steps.trainer.batches.held_out_loss(steps.trainer.model)  # which leaves weights gathered
+    steps.callback.before_step(2)
+    after = steps.tensors()
+    name = f"layers.{{}}.attention.{'qk' if settings.model.sharing.share == 'QK' else 'kv'}.weight"
+    masters = [before[f"{name.format(layer)}.master"] for layer in (2, 3)]
+    mean = (masters[0] + masters[1]) / 2
+    source = name.format(2)
+    if not torch.equal(after.pop(f"{source}.master"), mean):
+        failures.append("the master is not the mean of both")
+    if not torch.equal(after.pop(source), mean.bfloat16()):
+        failures.append("the weight is not its rounded master")
+    failures += [name for name, tensor in after.items() if not torch.equal(tensor, before[name])]
+    if (found := steps.take(1)) != wanted:
+        failures.append(f"{found} instead of {wanted}")
+    return failures
+
+
+@pytest.mark.parametrize(("sharing", "degrees"), [(MEANS[0], (1, 1)), (MEANS[1], (2, 1)), (MEANS[1], (1, 2))])
+def test_a_switch_sets_weights_and_masters_to_the_mean_and_nothing_else(
+    text: Path, sharing: Sharing, degrees: tuple[int, int]
+) -> None:
+    settings = shared(text, sharing, SOON, *degrees)
+    settings = replace(
+        settings, train=replace(settings.train, dtype="bfloat16"), fsdp=Sharding(reshard=False)
+    )
+    world = degrees[0] * degrees[1]
+    assert run_distributed(_switched, world, settings) == [[]] * world
+
+
+def _converted(
+    rank: int, world: int, plain: Trainer.Config, others: list[Trainer.Config], out: str
+) -> list[str]:
+    """Weights of a plain run taken over by runs whose layers share from the first step on."""
+    failures = []
+    first = Steps(plain, out)
+    first.take(1)
+    first.save()
+    weights, path = first.tensors(), Path(out)
+    for number, other in enumerate(others):
+        sharing, its_own = other.model.sharing, f"{out}-{number}"
+        begun = replace(other, train=replace(other.train, init_from=path))
+        steps = Steps(begun, its_own)
+        attention = steps.trainer.model.layers[1].attention
+        taken = (1, 2, 3) if sharing.init == "mean" else (1,)
+        pieces = [attention.pieces(weights[f"layers.{n}.attention.qkv.weight"])["kv"] for n in taken]
+        found = steps.tensors()
+        name = "cache" if sharing.kv_origin == "fresh" else "kv"
+        if not torch.equal(found[f"layers.1.attention.{name}.weight"], sum(pieces) / len(pieces)):
+            failures.append(f"{sharing}: not the mean of the weights taken over")
+        if name == "cache" and not torch.equal(found["layers.1.attention.kv.weight"], pieces[0]):
+            failures.append(f"{sharing}: the source's own weights are not those taken over")
+        steps.take(1)
+        steps.save()
+        again = Steps(begun, its_own).tensors()
+        failures += [name for name, t in steps.tensors().items() if not torch.equal(again[name], t)]
+        try:
+            Steps(replace(other, train=replace(other.train, init_from=Path(its_own))), "unused")
+            if sharing.init == "mean":
+                failures.append(f"{sharing}: weights that were means are averaged again")
+        except UserError as error:
+            if sharing.init == "copy" or "share already: set model.sharing.init to copy" not in str(error):
+                failures.append(str(error))
+    return failures
+
+
+@pytest.mark.parametrize("degrees", [(2, 1), (1, 2)])
+def test_a_conversion_begins_with_the_mean_or_a_copy_once(
+    text: Path, tmp_path: Path, degrees: tuple[int, int]
+) -> None:
+    targets = (2, 3)
+    ways = (
+        replace(FRESH, targets=targets),
+        replace(FRESH, targets=targets, init="mean"),
+        replace(MEANS[1], targets=targets),
+    )
+    others = [shared(text, way, None, *degrees) for way in ways]
+    out = str(tmp_path / "run")
+    assert run_distributed(_converted, 2, config(text, *degrees), others, out) == [[]] * 2
 
 
 def test_a_run_counts_fewer_flops_and_goes_on_across_a_switch(text: Path, tmp_path: Path) -> None:
@@ -287,6 +390,23 @@ def test_a_schedule_without_layers_that_may_share_is_refused(text: Path) -> None
         replace(config(text), sharing=SOON).validate()
     with pytest.raises(UserError, match=r"sharing\.growth 2 must divide"):
         shared(text, QK, replace(SOON, growth=2)).validate()
+
+
+def test_what_cannot_begin_so_is_refused(text: Path, tmp_path: Path) -> None:
+    with pytest.raises(UserError, match=r"kv_origin is fresh, but the source moves .* leave out sharing"):
+        shared(text, FRESH, SOON).validate()
+    static = shared(text, MEANS[1], None)
+    with pytest.raises(UserError, match=r"init is mean, which is of trained weights: set train\.init_from"):
+        static.validate()
+    replace(static, train=replace(static.train, init_from=tmp_path)).validate()
+    shared(text, MEANS[1], SOON).validate()
+    callback = ProgressiveSharing(SOON, Decoder(static.model), lambda means: None)
+    for state in ({}, {"shared": 1}):
+        callback.load_state_dict(state)
+        with pytest.raises(UserError, match=r"after step 3 2 layers share .* keep the schedule"):
+            callback.on_start(Run(tmp_path, 4, STEPS, "", ""))
+    callback.load_state_dict({"shared": 2})
+    callback.on_start(Run(tmp_path, 4, STEPS, "", ""))
 
 
 def test_what_cannot_be_exported_or_paired_is_refused(text: Path) -> None:
