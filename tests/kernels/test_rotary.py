@@ -62,7 +62,14 @@ def test_reference_turns_pairs_as_complex_numbers(heads: tuple[int, ...]) -> Non
 # 12 columns leave idle ones in the tile; 64 make tiles of 32 heads, of which there are two.
 @pytest.mark.parametrize(
     ("heads", "width"),
-    [(GROUPED, 12), (PAIRED, 16), ((9, 3, 1, 1), 64), ((1, 1, 1, 1), 2), ((5, 1, 0, 0), 8)],
+    [
+        (GROUPED, 12),
+        (PAIRED, 16),
+        ((9, 3, 1, 1), 64),
+        ((1, 1, 1, 1), 2),
+        ((5, 1, 0, 0), 8),
+        ((3, 1, 0, 1), 8),
+    ],
 )
 def test_kernels_equal_fp64(heads: tuple[int, ...], width: int, poisoned_memory: None) -> None:
     packed, table = inputs(3, heads, width, torch.float32)
