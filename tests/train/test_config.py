@@ -15,18 +15,18 @@ from flashtrain.train.settings import Training
         (
             "gqkva",
             Training(document_mask=True),
-            "document_mask is true, but model.pairing knows no documents",
+            "document_mask is true, but model.pairing knows no",
         ),
         (
             "flowhn",
             Training(document_mask=True),
-            "document_mask is true, but model.layout knows no documents",
+            "document_mask is true, but model.layout knows no",
         ),
-        ("epas", Training(document_mask=True), "document_mask is true, but model.sharing knows no documents"),
+        ("epas", Training(document_mask=True), "document_mask is true, but model.sharing knows no"),
         (
             "echo",
             Training(recompute="full"),
-            "recompute is full; layers of model.sharing keep what they hand",
+            "recompute is full; layers of model.sharing keep what they",
         ),
     ],
 )
