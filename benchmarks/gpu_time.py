@@ -14,12 +14,17 @@ Call = Callable[[], Any]
 
 
 def race(
-    calls: Mapping[str, Call], repeats: int, cycles: int, prepare: Mapping[str, Call] | None = None
+    calls: Mapping[str, Call],
+    repeats: int,
+    cycles: int,
+    prepare: Mapping[str, Call] | None = None,
+    waits: bool = False,
 ) -> dict[str, float]:
     """Median milliseconds of each call, in turn; the queue is never empty.
 
     The GPU sleeps for ``cycles`` before each call, in which the host enqueues all of it. ``prepare`` is what
-    precedes a call untimed.
+    precedes a call untimed. ``waits``: the host waits for each call, so that the memory of two is not
+    needed at once.
     """
     before_it = prepare or {}
     taken: dict[str, list[Any]] = {name: [] for name in calls}
@@ -40,6 +45,8 @@ def race(
                 call()
                 after.record()
                 taken[name].append((before, after))
+                if waits:
+                    torch.cuda.synchronize()
     if DEVICE == "cuda":
         torch.cuda.synchronize()
         taken = {name: [a.elapsed_time(b) for a, b in pairs] for name, pairs in taken.items()}
@@ -47,21 +54,8 @@ def race(
 
 
 def medians(calls: Mapping[str, Call], rounds: int = 12, cycles: int = 2_000_000) -> dict[str, float]:
-    """``race`` of calls that each need much memory: the host waits for one before it enqueues the next."""
-    times: dict[str, list[float]] = {name: [] for name in calls}
-    for call in calls.values():
-        for _ in range(2):
-            call()
-    for _ in range(rounds):
-        for name, call in calls.items():
-            before, after = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            torch.cuda._sleep(cycles)
-            before.record()
-            call()
-            after.record()
-            torch.cuda.synchronize()
-            times[name].append(before.elapsed_time(after))
-    return {name: statistics.median(values) for name, values in times.items()}
+    """``race`` of calls that each need much memory."""
+    return race(calls, rounds, cycles, waits=True)
 
 
 def kernel_ms(call: Call, repeats: int = 8) -> dict[str, float]:

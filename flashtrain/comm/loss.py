@@ -7,7 +7,12 @@ For W ranks with the rows ``x_shard [M/W, H]`` and the columns ``w_shard [V/W, H
     three numbers  a row, of all ranks, added in rank order
     gradients      dx_k = RS(dlogits · w_shard)            the scatter under the product for dw
                    dw  += dlogitsᵀ · AG(x_k)               in fp32
+
+Where whole logits are to be seen, by a compiler that fuses the loss itself,
+``vocabulary_parallel_cross_entropy`` takes them.
 """
+
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -15,7 +20,7 @@ from torch import Tensor
 from flashtrain.comm import collectives, groups, ops
 from flashtrain.comm.schedule import split_rows
 from flashtrain.errors import UserError
-from flashtrain.kernels.cross_entropy import chunks
+from flashtrain.kernels.cross_entropy import chunks, reference
 from flashtrain.kernels.weight_gradient import WeightGradient
 
 
@@ -77,3 +82,35 @@ def linear_cross_entropy(
     projection = Sharded(x_shard.detach(), w_shard.detach(), targets, group, site)
     most = projection.counts[0]
     return chunks.loss_of(projection, x_shard, w_shard, targets, most, main, chunk_bytes)
+
+
+class _OfWholeLogits(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, logits: Tensor, targets: Tensor, group: str, site: str) -> Tensor:
+        process_group = groups.resolve(group)
+        ctx.rank, world = process_group.rank(), process_group.size()
+        numbers = reference.statistics(logits, targets, ctx.rank * logits.shape[1])
+        everyone = collectives.all_gather(numbers.unsqueeze(0), group, site, world)
+        count = (targets != reference.IGNORED).sum()
+        ctx.save_for_backward(logits, targets, everyone, count)
+        return reference.losses(everyone, targets).sum() / count
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, None, None, None]:
+        logits, targets, everyone, count = ctx.saved_tensors
+        slopes = logits.clone()
+        first = ctx.rank * logits.shape[1]
+        reference.slopes_(slopes, targets, first, everyone, ctx.rank, grads[0] / count)
+        return slopes, None, None, None
+
+
+def vocabulary_parallel_cross_entropy(logits: Tensor, targets: Tensor, group: str, site: str = "") -> Tensor:
+    """Mean cross-entropy in nats, fp32 (fp64 for fp64), the same bits on every rank.
+
+    ``logits [..., V/W]`` hold the columns of this rank, ranks in order of vocabulary; ``targets [...]``
+    are whole and the same on every rank. Targets of -100 do not count, as in PyTorch; without any that
+    counts the loss is NaN. Raises TransportError if a peer fails.
+    """
+    flat = logits.reshape(-1, logits.shape[-1])
+    loss: Tensor = _OfWholeLogits.apply(flat, targets.reshape(-1), group, site)
+    return loss

@@ -22,7 +22,6 @@ from torch.distributed.tensor.parallel import ParallelStyle
 
 from flashtrain.comm import collectives, loss, ops, transport
 from flashtrain.errors import UserError
-from flashtrain.parallel.loss import vocabulary_parallel_cross_entropy
 
 
 @dataclass
@@ -94,7 +93,7 @@ class VocabularyParallelHeadLinear(ColumnParallelLinear):
             return super().forward(x)
         flat, weight, whole = x.reshape(-1, x.shape[-1]), _local(self.weight), targets.reshape(-1)
         if ops.traced(flat, weight):  # a compiler can fuse the loss itself, if it sees it
-            return vocabulary_parallel_cross_entropy(super().forward(x), targets, self.group, self.site)
+            return loss.vocabulary_parallel_cross_entropy(super().forward(x), targets, self.group, self.site)
         main = _main_grad(self.weight)
         return loss.linear_cross_entropy(flat, weight, whole, self.group, self.site, main)
 

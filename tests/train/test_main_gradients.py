@@ -10,7 +10,7 @@ from torch.nn.functional import linear
 from torch.profiler import profile
 
 from flashtrain.data import Corpus
-from flashtrain.kernels.weight_gradient import WeightGradient
+from flashtrain.kernels.weight_gradient import Packing, WeightGradient
 from flashtrain.models.decoder import Decoder
 from flashtrain.nn.linear import Linear
 from flashtrain.parallel.mesh import Degrees
@@ -34,6 +34,23 @@ def test_products_and_gradients_add_up(dtype: torch.dtype, poisoned_memory: None
         wanted = 2 * a.double().t() @ b.double() + 1.5 * c.double()
         assert total.total.dtype == (torch.float64 if dtype == torch.float64 else torch.float32)
         torch.testing.assert_close(total.total.double(), wanted, rtol=1e-5, atol=1e-5, msg=f"step {times}")
+
+
+def test_a_weight_made_of_two_gives_each_the_bits_of_its_rows(poisoned_memory: None) -> None:
+    draw = torch.Generator().manual_seed(0)
+    upper, lower = (torch.nn.Parameter(torch.randn(n, 8, generator=draw).bfloat16()) for n in (6, 4))
+    packing = Packing(lambda *parts: torch.cat(parts), lambda whole: whole.split([6, 4]))
+    assert packing.gradient(upper, lower) is None
+    for part in (upper, lower):
+        part.main_grad = WeightGradient(part)  # type: ignore[attr-defined]
+    whole, both = WeightGradient(torch.cat([upper, lower])), packing.gradient(upper, lower)
+    assert both is not None
+    for times in (1, 2, 3):
+        a, b = (torch.randn(32, n, generator=draw).bfloat16() for n in (10, 8))
+        whole.add_product(a.t(), b)
+        both.add_product(a.t(), b)
+        found = torch.cat([part.main_grad.total for part in (upper, lower)])  # type: ignore[attr-defined]
+        assert torch.equal(found, whole.total), f"after {times} products"
 
 
 @pytest.mark.parametrize("bias", [False, True])

@@ -7,7 +7,7 @@ from torch import Tensor
 from torch.nn.functional import cross_entropy
 
 from flashtrain.comm import transport
-from flashtrain.parallel.loss import vocabulary_parallel_cross_entropy
+from flashtrain.comm.loss import vocabulary_parallel_cross_entropy
 from tests.distributed import run_distributed
 
 VOCABULARY = 24
