@@ -1,6 +1,6 @@
 """Weight gradients as sums of products, in fp32, where the optimizer reads them."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import NamedTuple
 
 import torch
@@ -51,6 +51,17 @@ class WeightGradient:
     def clear(self) -> None:
         """Begin anew with the next product."""
         self.filled = False
+
+
+def add_each(gradients: Mapping[WeightGradient, Tensor]) -> None:
+    """``main.add(gradient)`` of each, in as few launches as there can be: there are many small ones."""
+    for filled, write in ((True, torch._foreach_add_), (False, torch._foreach_copy_)):
+        chosen = [(main.total, gradient) for main, gradient in gradients.items() if main.filled == filled]
+        if chosen:
+            totals, added = zip(*chosen, strict=True)
+            write(totals, added)
+    for main in gradients:
+        main.filled = True
 
 
 class Packing(NamedTuple):

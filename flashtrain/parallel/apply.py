@@ -187,5 +187,5 @@ def sum_over_tensor(partial: Sequence[Tensor], mesh: DeviceMesh) -> None:
     group = mesh[TENSOR].get_group().group_name
     flat = torch.cat([gradient.reshape(-1) for gradient in partial])
     summed = collectives.all_reduce(flat, group, "replicated gradients")
-    for gradient, total in zip(partial, summed.split([g.numel() for g in partial]), strict=True):
-        gradient.copy_(total.view_as(gradient))
+    totals = summed.split([g.numel() for g in partial])
+    torch._foreach_copy_(list(partial), [total.view_as(g) for g, total in zip(partial, totals, strict=True)])

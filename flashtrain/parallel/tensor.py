@@ -15,6 +15,7 @@ must be summed over the group, see ``flashtrain.parallel.apply.sum_replicated_gr
 from dataclasses import dataclass
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
@@ -52,8 +53,34 @@ class _OverTensorGroup:
         return shard
 
 
+class _Local(torch.autograd.Function):
+    """The local shard of a DTensor, which has no gradient where nothing gives the shard one.
+
+    That is so of a weight whose products all add to its ``main_grad``. ``DTensor.to_local`` of torch 2.11
+    makes zeros of its size then, which the optimizer would add.
+    """
+
+    @staticmethod
+    def forward(ctx: Any, parameter: DTensor) -> Tensor:
+        ctx.set_materialize_grads(False)
+        ctx.mesh, ctx.placements = parameter.device_mesh, parameter.placements
+        local = parameter.to_local()
+        return local.view_as(local)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor | None) -> DTensor | None:
+        if gradient is None:
+            return None
+        return DTensor.from_local(gradient, ctx.mesh, ctx.placements, run_check=False)
+
+
 def _local(parameter: Tensor) -> Tensor:
-    return parameter.to_local() if isinstance(parameter, DTensor) else parameter
+    if not isinstance(parameter, DTensor):
+        return parameter
+    if torch.compiler.is_compiling():  # there every gradient is autograd's
+        return parameter.to_local()
+    local: Tensor = _Local.apply(parameter)
+    return local
 
 
 def _main_grad(weight: Tensor) -> Any:
@@ -133,7 +160,7 @@ class VocabularyParallelEmbedding(_OverTensorGroup, nn.Embedding):
         index = tokens.reshape(-1) - self.rank * table.shape[0]
         elsewhere = (index < 0) | (index >= table.shape[0])
         found = nn.functional.embedding(index.masked_fill(elsewhere, 0), table)
-        partial = found.masked_fill(elsewhere.unsqueeze(-1), 0.0)
+        partial = found.masked_fill_(elsewhere.unsqueeze(-1), 0.0)
         shard = collectives.reduce_scatter(partial, self.group, self.site)
         return self._shard_like(shard, tokens.unsqueeze(-1))
 

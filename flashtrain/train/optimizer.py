@@ -14,7 +14,7 @@ from flashtrain.comm import collectives
 from flashtrain.errors import UserError
 from flashtrain.kernels.adamw.op import optimizer
 from flashtrain.kernels.adamw.slot import Hyperparameters, Slot
-from flashtrain.kernels.weight_gradient import WeightGradient
+from flashtrain.kernels.weight_gradient import WeightGradient, add_each
 from flashtrain.nn.linear import Linear
 from flashtrain.parallel.apply import is_tensor_sharded, sum_over_tensor
 from flashtrain.parallel.mesh import DATA, TENSOR
@@ -77,24 +77,23 @@ class AdamW:
 
     def accumulate(self) -> None:
         """Take in the gradients of one backward pass. fp32 gradients go on adding up where they are."""
+        narrow: dict[WeightGradient, Tensor] = {}
         for name, parameter in self.parameters.items():
-            if parameter.grad is not None:
-                self._take(name, parameter)
-            if name in self._main and self._main[name].filled:
-                self._gradients[name] = self._main[name].total
-
-    def _take(self, name: str, parameter: Tensor) -> None:
-        gradient = _local(parameter.grad)  # type: ignore[arg-type]
-        if gradient.dtype == torch.float32:
-            self._gradients[name] = gradient
-            return
-        if name in self._main:
-            self._main[name].add(gradient)
-        elif name in self._gradients:
-            self._gradients[name] += gradient
-        else:
-            self._gradients[name] = gradient.float()
-        parameter.grad = None
+            if parameter.grad is None:
+                continue
+            gradient = _local(parameter.grad)
+            if gradient.dtype == torch.float32:
+                self._gradients[name] = gradient
+                continue
+            if name in self._main:
+                narrow[self._main[name]] = gradient
+            elif name in self._gradients:
+                self._gradients[name] += gradient
+            else:
+                self._gradients[name] = gradient.float()
+            parameter.grad = None
+        add_each(narrow)
+        self._gradients |= {name: main.total for name, main in self._main.items() if main.filled}
 
     @property
     def gradients(self) -> Mapping[str, Tensor]:

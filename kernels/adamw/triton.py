@@ -9,6 +9,9 @@ import triton.language as tl
 from torch import Tensor
 
 BLOCK = 4096
+# Elements of a block that are updated at once, four a thread: more take registers, and with them other blocks
+# from the processor, whose loads would hide behind this block's stores.
+_PART = 1024
 DTYPES = {torch.float32: tl.float32, torch.bfloat16: tl.bfloat16, torch.float16: tl.float16}
 
 
@@ -72,28 +75,34 @@ def update_block(  # type: ignore[no-untyped-def]
     ALIGNED: tl.constexpr,
     WHOLE: tl.constexpr,
     BLOCK: tl.constexpr,
+    PART: tl.constexpr,
 ):
-    offset = begin + tl.arange(0, BLOCK)
-    inside = inside_of(offset, size, WHOLE)
-    masters = pointer(row, tl.float32, ALIGNED) + offset
-    means = pointer(row + 1, tl.float32, ALIGNED) + offset
-    variances = pointer(row + 2, tl.float32, ALIGNED) + offset
-    gradient = tl.load(pointer(address, tl.float32, ALIGNED) + offset, mask=inside, other=0.0)
-    master = tl.load(masters, mask=inside, other=0.0)
-    mean = tl.load(means, mask=inside, other=0.0)
-    variance = tl.load(variances, mask=inside, other=0.0)
-    gradient *= factor
-    master *= tl.where(tl.load(row + 4) != 0, keep, 1.0)
-    mean += one_less_beta1 * (gradient - mean)
-    variance = beta2 * variance + one_less_beta2 * gradient * gradient
-    # Within some units in the last place of a step, which is a small part of the master: the exactly rounded
-    # root and quotients take as long as the memory does.
-    master -= step_size * mean / (tl.sqrt(variance) * by_correction + epsilon)
-    tl.store(masters, master, mask=inside)
-    tl.store(means, mean, mask=inside)
-    tl.store(variances, variance, mask=inside)
-    if WRITES:
-        tl.store(pointer(row + 3, DTYPE, ALIGNED) + offset, master.to(DTYPE), mask=inside)
+    # What the table says is read once: for all that a compiler knows, the stores below could change it.
+    masters = pointer(row, tl.float32, ALIGNED)
+    means = pointer(row + 1, tl.float32, ALIGNED)
+    variances = pointer(row + 2, tl.float32, ALIGNED)
+    weights = pointer(row + 3, DTYPE, ALIGNED)
+    gradients = pointer(address, tl.float32, ALIGNED)
+    decay = tl.where(tl.load(row + 4) != 0, keep, 1.0)
+    for part in range(0, BLOCK, PART):
+        offset = begin + part + tl.arange(0, PART)
+        inside = inside_of(offset, size, WHOLE)
+        gradient = tl.load(gradients + offset, mask=inside, other=0.0)
+        master = tl.load(masters + offset, mask=inside, other=0.0)
+        mean = tl.load(means + offset, mask=inside, other=0.0)
+        variance = tl.load(variances + offset, mask=inside, other=0.0)
+        gradient *= factor
+        master *= decay
+        mean += one_less_beta1 * (gradient - mean)
+        variance = beta2 * variance + one_less_beta2 * gradient * gradient
+        # Within some units in the last place of a step, which is a small part of the master: the exactly
+        # rounded root and quotients take as long as the memory does.
+        master -= step_size * mean / (tl.sqrt(variance) * by_correction + epsilon)
+        tl.store(masters + offset, master, mask=inside)
+        tl.store(means + offset, mean, mask=inside)
+        tl.store(variances + offset, variance, mask=inside)
+        if WRITES:
+            tl.store(weights + offset, master.to(DTYPE), mask=inside)
 
 
 @triton.jit
@@ -115,6 +124,7 @@ def update_kernel(  # type: ignore[no-untyped-def]
     WRITES: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
+    PART: tl.constexpr,
 ):
     """One block of one tensor, if the step is accepted and the tensor has a gradient."""
     place = tl.program_id(0)
@@ -144,6 +154,7 @@ def update_kernel(  # type: ignore[no-untyped-def]
                 ALIGNED,
                 True,
                 BLOCK,
+                PART,
             )
         else:
             update_block(
@@ -164,6 +175,7 @@ def update_kernel(  # type: ignore[no-untyped-def]
                 ALIGNED,
                 False,
                 BLOCK,
+                PART,
             )
 
 
@@ -206,5 +218,6 @@ def update(
             WRITES=dtype != torch.float32,
             ALIGNED=aligned,
             BLOCK=BLOCK,
+            PART=_PART,
             num_warps=8,
         )

@@ -1,6 +1,7 @@
 """Weight gradients of narrow parameters add up in fp32, whatever the mesh, and stay as they are elsewhere."""
 
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -10,9 +11,10 @@ from torch.nn.functional import linear
 from torch.profiler import profile
 
 from flashtrain.data import Corpus
-from flashtrain.kernels.weight_gradient import Packing, WeightGradient
+from flashtrain.kernels.weight_gradient import Packing, WeightGradient, add_each
 from flashtrain.models.decoder import Decoder
 from flashtrain.nn.linear import Linear
+from flashtrain.parallel import tensor as parallel
 from flashtrain.parallel.mesh import Degrees
 from flashtrain.train.settings import Training
 from flashtrain.train.trainer import Trainer
@@ -51,6 +53,19 @@ def test_a_weight_made_of_two_gives_each_the_bits_of_its_rows(poisoned_memory: N
         both.add_product(a.t(), b)
         found = torch.cat([part.main_grad.total for part in (upper, lower)])  # type: ignore[attr-defined]
         assert torch.equal(found, whole.total), f"after {times} products"
+
+
+def test_gradients_of_many_weights_are_those_of_each_by_itself(poisoned_memory: None) -> None:
+    draw = torch.Generator().manual_seed(0)
+    weights = [torch.randn(n, 4, generator=draw).bfloat16() for n in (3, 1, 5, 2)]
+    mains, singles = [WeightGradient(w) for w in weights], [WeightGradient(w) for w in weights]
+    add_each({})
+    for some in (slice(1, 3), slice(0, 4), slice(0, 2)):  # none, some and all of them hold a gradient
+        given = [torch.randn(w.shape, generator=draw).bfloat16() for w in weights[some]]
+        add_each(dict(zip(mains[some], given, strict=True)))
+        for single, gradient in zip(singles[some], given, strict=True):
+            single.add(gradient)
+    assert all(torch.equal(one.total, other.total) for one, other in zip(mains, singles, strict=True))
 
 
 @pytest.mark.parametrize("bias", [False, True])
@@ -105,6 +120,18 @@ def _gradients(trainer: Trainer, passes: int) -> dict[str, Tensor]:
     return whole
 
 
+class _Zeros(torch.autograd.Function):
+    """What autograd does by itself: zeros for what has no gradient."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        return x.view_as(x)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return gradient
+
+
 def _compared(rank: int, world: int, config: Trainer.Config, out: Path) -> dict[str, float]:
     """How far each weight's gradient is from that of the same run whose gradients go through bf16."""
     trainer, other = _trainer(config, out), _trainer(config, out)
@@ -122,6 +149,15 @@ def _compared(rank: int, world: int, config: Trainer.Config, out: Path) -> dict[
     with profile():
         traced = _gradients(again, 2)
     assert all(torch.equal(g, traced[name]) for name, g in found.items()), "other bits where a profiler runs"
+    for tokens, targets in again.batches.of(1):
+        again.model(tokens, targets).backward()
+    made = {name for name, parameter in again.optimizer.parameters.items() if parameter.grad is not None}
+    assert made == again.optimizer.parameters.keys() - matrices, "autograd made what products have added"
+    shard = parallel._local
+    parallel._local = lambda parameter: _Zeros.apply(shard(parameter))
+    zeros = _gradients(_trainer(config, out), 2)
+    parallel._local = shard
+    assert all(torch.equal(g, zeros[name]) for name, g in found.items()), "zeros make other bits"
     return {name: float((g - wanted[name]).norm() / wanted[name].norm()) for name, g in found.items()}
 
 
