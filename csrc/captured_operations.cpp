@@ -49,7 +49,7 @@ void CopyEngine::meet(const std::string& site) {
     words.push_back({kWriteWord, host_.flag(rank_, from.peer, FlagTable::kMeeting), 0, kWriteAfterEarlierWrites});
   }
   words.push_back({kWriteWord, host_.ended(rank_), 1, kWriteAfterEarlierWrites});
-  together(std::move(words));
+  together(stream_, std::move(words));
 }
 
 // The pushes of the captured operation are over. When all has arrived, what is up goes down, for the next operation
@@ -74,14 +74,14 @@ void CopyEngine::wait_and_lower() {
   }
   words.push_back({kWriteWord, host_.under_way(rank_), 0, kWriteAfterEarlierWrites});
   words.push_back({kWriteWord, host_.ended(rank_), 1, kWriteAfterEarlierWrites});
-  together(std::move(words));
+  together(stream_, std::move(words));
 }
 
-// The stream does these in order; in a graph they are one node.
-void CopyEngine::together(std::vector<WordOperation> operations) {
+// `stream` does these in order; in a graph they are one node.
+void CopyEngine::together(StreamHandle stream, std::vector<WordOperation> operations) {
   for (size_t done = 0; done < operations.size(); done += kBatch) {
     const size_t count = std::min(kBatch, operations.size() - done);
-    driver_.check(driver_.stream_batch(stream_, static_cast<unsigned>(count), &operations[done], 0), "cuStreamBatchMemOp");
+    driver_.check(driver_.stream_batch(stream, static_cast<unsigned>(count), &operations[done], 0), "cuStreamBatchMemOp");
   }
 }
 

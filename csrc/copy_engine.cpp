@@ -55,11 +55,23 @@ CopyEngine::~CopyEngine() {
   driver_.host_unregister(tables_);
 }
 
-void CopyEngine::use_landings(std::vector<uint64_t> landings, uint64_t stride) {
+std::vector<uint64_t> CopyEngine::directory(const std::vector<uint64_t>& landings, uint64_t stride) const {
+  std::vector<uint64_t> addresses;
+  for (uint32_t parity = 0; parity < 2; ++parity) {
+    for (const uint64_t landing : landings) addresses.push_back(landing + parity * stride);
+    for (const FlagTable* table : {&device_, &host_}) {
+      for (uint32_t peer = 0; peer < table->world(); ++peer) addresses.push_back(table->flag(peer, rank_, shift(parity)));
+    }
+  }
+  return addresses;
+}
+
+void CopyEngine::use_landings(std::vector<uint64_t> landings, uint64_t stride, uint64_t directory) {
   if (flight_) throw std::logic_error("landing buffers change while an operation is open");
   if (landings.size() != host_.world()) throw std::invalid_argument("every rank needs a landing buffer");
   landings_ = std::move(landings);
   stride_ = stride;
+  directory_ = directory;
 }
 
 // `later` goes on only when what `earlier` now holds is done. The event may be recorded again at once: a wait
@@ -94,8 +106,8 @@ uint32_t CopyEngine::open(std::shared_ptr<const Program> program, const std::str
   if (captured_) {
     if (!follows_another) meet(site);
     const uint32_t number = epoch_ + 1;
-    const auto flight = watchdog_.enroll(number, site, std::move(program), number % 2 * FlagTable::kSetColumns);
-    together({{kWriteWord, host_.under_way(rank_), flight->ticket, kWriteAfterEarlierWrites}});
+    const auto flight = watchdog_.enroll(number, site, std::move(program), shift(number));
+    together(stream_, {{kWriteWord, host_.under_way(rank_), flight->ticket, kWriteAfterEarlierWrites}});
     driver_.check(driver_.event_record(begun_, stream_), "cuEventRecord");
     flight_ = flight;
   } else {
@@ -165,6 +177,7 @@ void CopyEngine::push(const std::vector<uint32_t>& which, const std::vector<uint
     come_after_opening();
   }
   const uint64_t buffer = epoch_ % 2 * stride_;
+  std::vector<WordOperation> told;
   for (size_t number = 0; number < which.size(); ++number) {
     const Message& message = flight_->program->sends.at(which[number]);
     if (pushed_[which[number]]) throw std::logic_error("a chunk is pushed twice");
@@ -178,13 +191,16 @@ void CopyEngine::push(const std::vector<uint32_t>& which, const std::vector<uint
       const DeviceAddress to = landings_[message.peer] + buffer + message.offset;
       driver_.check(driver_.copy_on_device(to, sources[number], message.bytes, copies_), "cuMemcpyDtoDAsync");
     }
-    for (const FlagTable* table : {&device_, &host_}) {
-      if (table == &device_ && !device_flags_) continue;
-      const uint64_t flag = table->flag(message.peer, rank_, message.column + flight_->shift);
-      driver_.check(driver_.stream_write_value(copies_, flag, flight_->up, kWriteAfterEarlierWrites),
-                    "cuStreamWriteValue32");
-    }
+    const uint32_t column = message.column + flight_->shift;
+    const uint64_t seen = host_.flag(message.peer, rank_, column);
+    // A write to the host table takes 3 us of the stream. Where a kernel waits for the device's, the watchdog can be
+    // told when all copies are under way.
+    if (device_flags_) told.push_back({kWriteWord, seen, flight_->up, kWriteAfterEarlierWrites});
+    const uint64_t flag = device_flags_ ? device_.flag(message.peer, rank_, column) : seen;
+    driver_.check(driver_.stream_write_value(copies_, flag, flight_->up, kWriteAfterEarlierWrites),
+                  "cuStreamWriteValue32");
   }
+  together(copies_, std::move(told));
 }
 
 void CopyEngine::come_after_opening() {
@@ -216,12 +232,16 @@ uint32_t CopyEngine::start(const FusedProduct& product, const std::string& site,
     for (const uint32_t place : product.landing) values.at(place) = landings_[rank_] + epoch_ % 2 * stride_;
     for (const uint32_t place : product.flags) values.at(place) = device_.flag(rank_, 0, flight_->shift);
     for (const uint32_t place : product.epoch) values.at(place) = flight_->up;
+    const uint64_t pages = sizeof(uint64_t) * 3 * host_.world();
+    for (const uint32_t place : product.directory) values.at(place) = directory_ + epoch_ % 2 * pages;
+    const bool pushes = product.directory.empty();
     const std::vector<uint32_t> all = all_sends();
     std::vector<uint64_t> sources = product.offsets;
     for (uint64_t& source : sources) source += given.at(product.source);
-    if (product.early) push_early(all, sources);
+    if (pushes && product.early) push_early(all, sources);
     product.launch->start(product.blocks, stream_, values);
-    if (!product.early) push_signalled(all, sources);
+    if (pushes && !product.early) push_signalled(all, sources);
+    if (!pushes) pushed_.assign(pushed_.size(), true);
     // The kernel waits for rows alone, but what an empty chunk says must have been heard as well. A captured
     // operation waits for the flags in the host table, which are raised last: one that was lowered too early would
     // stay up.
@@ -270,7 +290,7 @@ void CopyEngine::close() {
   if (!captured_) {
     for (uint32_t arrival = 0; arrival < awaited_.size(); ++arrival) wait(arrival);
   }
-  order(stream_, copied_, copies_);
+  if (behind_opening_) order(stream_, copied_, copies_);
   if (captured_) wait_and_lower();
   driver_.check(driver_.event_record(done_, stream_), "cuEventRecord");
   flight_.reset();

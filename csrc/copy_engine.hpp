@@ -23,6 +23,9 @@ struct FusedProduct {
   std::vector<std::vector<uint32_t>> places;  // of each address that the caller gives: the parameters that take it
   // Parameters that take this rank's landing buffer, its flags, and what they hold when they are up.
   std::vector<uint32_t> landing, flags, epoch;
+  // Parameters that take this rank's directory. With any, the kernel itself stores at the peers and raises their
+  // flags, and nothing is pushed.
+  std::vector<uint32_t> directory;
   // Sends are read from this one of the given addresses, each so many bytes from it.
   uint32_t source;
   std::vector<uint64_t> offsets;
@@ -67,9 +70,12 @@ class CopyEngine {
   CopyEngine(const CopyEngine&) = delete;
   CopyEngine& operator=(const CopyEngine&) = delete;
 
-  // From here on chunks land at `landings` of each rank in even epochs, and `stride` bytes further in odd ones.
-  // No operation may be under way on any rank.
-  void use_landings(std::vector<uint64_t> landings, uint64_t stride);
+  // Where kernels of this rank find the peers: [2][3][world] addresses, for even and odd epochs, of each rank's landing
+  // buffer and of the first flag that this rank raises there, in the device table and in the host table.
+  std::vector<uint64_t> directory(const std::vector<uint64_t>& landings, uint64_t stride) const;
+  // From here on chunks land at `landings` of each rank in even epochs, and `stride` bytes further in odd ones;
+  // `directory` is memory of the device that holds what is said above. No operation may be under way on any rank.
+  void use_landings(std::vector<uint64_t> landings, uint64_t stride, uint64_t directory);
 
   // Start an operation on `stream`; returns its epoch, or its number in the capture. With `device_flags` every rank
   // must have them: its pushes then also raise flags that kernels of the receiver may wait for. Throws
@@ -120,7 +126,8 @@ class CopyEngine {
   bool follows(StreamHandle stream);
   void meet(const std::string& site);
   void wait_and_lower();
-  void together(std::vector<WordOperation> operations);
+  void together(StreamHandle stream, std::vector<WordOperation> operations);
+  uint32_t shift(uint32_t number) const { return captured_ ? number % 2 * FlagTable::kSetColumns : 0; }
   void refresh_flags();
   void order(StreamHandle later, EventHandle event, StreamHandle earlier);
 
@@ -137,7 +144,7 @@ class CopyEngine {
   StreamHandle copies_ = nullptr;
   EventHandle begun_ = nullptr, ready_ = nullptr, copied_ = nullptr, done_ = nullptr;
   std::vector<uint64_t> landings_;
-  uint64_t stride_ = 0;
+  uint64_t stride_ = 0, directory_ = 0;
 
   uint32_t epoch_;
   uint64_t capture_ = 0;                 // the driver's number of the capture

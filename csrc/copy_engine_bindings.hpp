@@ -24,12 +24,14 @@ inline void bind_copy_engine(pybind11::module_& module) {
   py::class_<FusedProduct>(module, "FusedProduct")
       .def(py::init([](std::shared_ptr<Program> program, std::shared_ptr<Launch> launch, uint32_t blocks,
                        std::vector<uint64_t> values, std::vector<Places> places, Places landing, Places flags,
-                       Places epoch, uint32_t source, std::vector<uint64_t> offsets, bool early) {
+                       Places epoch, Places directory, uint32_t source, std::vector<uint64_t> offsets, bool early) {
              return FusedProduct{std::move(program), std::move(launch), blocks, std::move(values), std::move(places),
-                                 std::move(landing), std::move(flags), std::move(epoch), source, std::move(offsets), early};
+                                 std::move(landing), std::move(flags), std::move(epoch), std::move(directory), source,
+                                 std::move(offsets), early};
            }),
            py::arg("program"), py::arg("launch"), py::arg("blocks"), py::arg("values"), py::arg("places"),
-           py::arg("landing"), py::arg("flags"), py::arg("epoch"), py::arg("source"), py::arg("offsets"), py::arg("early"));
+           py::arg("landing"), py::arg("flags"), py::arg("epoch"),
+           py::arg("directory"), py::arg("source"), py::arg("offsets"), py::arg("early"));
 
   using Which = std::vector<uint32_t>;
   using Sources = std::vector<uint64_t>;
@@ -41,7 +43,8 @@ inline void bind_copy_engine(pybind11::module_& module) {
            }),
            py::arg("library"), py::arg("rank"), py::arg("timeout"), py::arg("epoch"), py::arg("host_tables"),
            py::arg("device_tables"), py::arg("captured"), py::arg("keeps"), py::keep_alive<1, 9>())
-      .def("use_landings", &CopyEngine::use_landings, py::arg("landings"), py::arg("stride"))
+      .def("use_landings", &CopyEngine::use_landings, py::arg("landings"), py::arg("stride"), py::arg("directory"))
+      .def("directory", &CopyEngine::directory, py::arg("landings"), py::arg("stride"))
       // May wait for the device.
       .def("open", &CopyEngine::open, py::arg("program"), py::arg("site"), py::arg("stream"),
            py::arg("device_flags"), py::call_guard<py::gil_scoped_release>())

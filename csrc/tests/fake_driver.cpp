@@ -224,15 +224,26 @@ struct FakeKernel {
   std::function<void(const std::vector<uint64_t>&)> run;
 };
 
-// What a fused product does to memory: copies its source to where chunks leave from and signals each, waits for
+// What a fused product does to memory: copies its source to where chunks leave from and signals each, or stores each
+// of its deliveries (peer, column, bytes into the source, into the peer's landing buffer, in all) by its directory, waits for
 // one chunk (or `subchunks`) of every peer that is not in the bits of `silent`, and copies what has landed.
 void relay(const std::vector<uint64_t>& parameters) {
-  enum { kLanding, kSource = 5, kLeaving, kSeen, kSignals, kFlags, kStop, kEpoch, kRank, kWorld, kSubchunks, kSends,
+  enum { kLanding, kSource = 5, kLeaving, kSeen, kSignals, kFlags, kStop, kDirectory, kDeliveries, kEpoch, kRank, kWorld, kSubchunks, kSends,
          kLeavingBytes, kLandingBytes, kColumns, kSilent };
   const auto& p = parameters;
   const auto number = [&](size_t index) { return static_cast<uint32_t>(p[index]); };
   copy_words(p[kLeaving], p[kSource], number(kLeavingBytes));
-  for (uint32_t send = 0; send < number(kSends); ++send) store(p[kSignals] + 4 * send, number(kEpoch));
+  const auto* const pages = reinterpret_cast<const uint64_t*>(p[kDirectory]);
+  const auto* delivery = reinterpret_cast<const uint64_t*>(p[kDeliveries]);
+  for (uint32_t send = 0; send < number(kSends); ++send, delivery += 5) {
+    if (pages == nullptr) {
+      store(p[kSignals] + 4 * send, number(kEpoch));
+      continue;
+    }
+    const uint64_t peer = delivery[0], world = number(kWorld);
+    copy_words(pages[peer] + delivery[3], p[kSource] + delivery[2], delivery[4]);
+    for (const uint64_t table : {world, 2 * world}) store(pages[table + peer] + 4 * delivery[1], number(kEpoch));
+  }
   for (uint32_t peer = 0; peer < number(kWorld); ++peer) {
     if ((number(kSilent) >> peer & 1) != 0) continue;
     for (uint32_t sub = 0; sub < number(kSubchunks); ++sub) {
@@ -250,7 +261,7 @@ int module_load(void** module, const void*) {
   return 0;
 }
 int module_get_function(void** function, void*, const char* name) {
-  static auto& kernel = *new FakeKernel{{128, 4, 4, 8, 8, 8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4, 4, 4, 4, 4, 8, 8}, relay};
+  static auto& kernel = *new FakeKernel{{128, 4, 4, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4, 4, 4, 4, 4, 8, 8}, relay};
   *function = &kernel;
   return std::string(name) == "relay" ? 0 : kNotFound;
 }

@@ -1,8 +1,9 @@
 """A schedule and its products in one kernel (tier T1): nvlink on Hopper GPUs, bf16 and fp16.
 
-The kernel of a gather waits for each chunk's flag itself; that of a scatter signals each chunk and adds what
-has arrived to its own rows. The host makes one call into C++ an operation, which enqueues all copies, flags
-and the kernel. The bits of a product do not depend on tiles, sub-chunks or arrival.
+The kernel of a gather waits for each chunk's flag itself; that of a scatter signals each chunk, or stores it
+where it goes, and adds what has arrived to its own rows. The host makes one call into C++ an operation,
+which enqueues all copies, flags and the kernel. The bits of a product do not depend on tiles, sub-chunks or
+arrival.
 """
 
 from typing import TYPE_CHECKING, Any
@@ -117,6 +118,7 @@ class FusedGather(_Fused):
             landing=[place("full_desc"), *([place("own_desc")] if empty else [])],
             flags=[place("flags")],
             epoch=[place("epoch")],
+            directory=[],
             source=0,
             offsets=[
                 (plan.chunks[send.chunk].offset - own.start) * self.row_bytes for send in self.messages.sends
@@ -185,6 +187,7 @@ class FusedScatter(_Fused):
             landing=[place("slots")],
             flags=[place("arrived")],
             epoch=[place("epoch")],
+            directory=[],
             source=2,
             offsets=[plan.chunks[send.chunk].offset * self.row_bytes for send in self.messages.sends],
             early=False,
@@ -197,6 +200,60 @@ class FusedScatter(_Fused):
         partials = x.new_empty(self.rows, self.columns)
         out = x.new_empty(self.own_rows, self.columns)
         self._start([x.data_ptr(), w.data_ptr(), partials.data_ptr(), out.data_ptr()], site)
+        mover.finish(site)
+        mover.traffic.operating += clock() - started
+        return out
+
+
+class StoredScatter(_Fused):
+    """``FusedScatter`` whose kernel stores partials at their owners: no copy engine takes part."""
+
+    def __init__(
+        self, mover: "NvlinkTransport", plan: Schedule, x: Tensor, w: Tensor, config: "Config | None" = None
+    ) -> None:
+        from flashtrain.kernels.overlapped_matmul.plan import Part
+        from flashtrain.kernels.overlapped_matmul.prepared import StoredScatter as Kernel
+
+        super().__init__(mover, plan, w.shape[0], x, w)
+        x, w = self._operands(x, w)
+        self.columns, own = w.shape[0], plan.own_rows
+        self.own_rows = own.stop - own.start
+        # For their shapes alone.
+        out = x.new_empty(self.own_rows, self.columns)
+        slots = x.new_empty(plan.world, self.own_rows, self.columns)
+        parts = []
+        for number, step in enumerate(plan.steps):
+            owner, offset, rows = plan.chunks[step.compute]
+            landing = self.messages.landing.span(owner, step.compute, plan.rank).start
+            column = step.compute % plan.subchunks
+            parts.append(Part(number, offset, rows, owner == plan.rank, owner, landing, column))
+        kernel = Kernel(
+            x, w, slots, out, tuple(parts), plan.rank,
+            arrived_stride=mover.core.flag_columns, config=config, spare_sms=SPARE,
+        )  # fmt: skip
+        place, counters = kernel.names.index, mover.counters(x.device)
+        self._kernel = kernel
+        self.product = mover.core.FusedProduct(
+            program=self.messages.program,
+            launch=kernel.launch,
+            blocks=kernel.blocks,
+            values=kernel.template(counters=counters.data_ptr(), stop=mover.stop_word),
+            places=[[place("x_desc")], [place("w_desc")], [place("out")]],
+            landing=[place("slots")],
+            flags=[place("arrived")],
+            epoch=[place("epoch")],
+            directory=[place("directory")],
+            source=0,
+            offsets=[],
+            early=False,
+        )
+
+    def __call__(self, x: Tensor, w: Tensor, site: str) -> Tensor:
+        """The own rows ``[M/W, N]``. Raises TransportError if a peer has failed."""
+        started, mover = clock(), self.mover
+        x, w = self._operands(x, w)
+        out = x.new_empty(self.own_rows, self.columns)
+        self._start([x.data_ptr(), w.data_ptr(), out.data_ptr()], site)
         mover.finish(site)
         mover.traffic.operating += clock() - started
         return out

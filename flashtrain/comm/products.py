@@ -25,6 +25,8 @@ from flashtrain.errors import UserError
 
 # Into how many sub-chunks a tuner cuts a rank's rows, and of how many rows at the least.
 _SUBCHUNKS, _FEWEST_ROWS = (1, 2, 4), 128
+# Of how many tile shapes one may be best where the kernel itself stores at the owners.
+_STORING = 2
 
 
 class Gather(Protocol):
@@ -150,6 +152,16 @@ def _choose(
         cut = plan_of(op, counts, group, subchunks)
         for config in listed:
             candidates[f"fused {config} in {subchunks}"] = partial(by_kernel, mover, cut, x, w, config)
+        if not plan.gathers:
+            for config in configs(x.dtype)[:_STORING]:
+                candidates[f"fused stored {config} in {subchunks}"] = partial(
+                    fused.StoredScatter,
+                    mover,
+                    cut,
+                    x,
+                    w,
+                    config,  # type: ignore[arg-type]
+                )
         if plan.gathers:
             candidates[f"chunked in {subchunks}"] = partial(StreamedGather, mover, cut, x, w)  # type: ignore[arg-type]
         else:

@@ -15,18 +15,22 @@ class Part(NamedTuple):
     """One chunk: its number (the index of its flag), its rows ``[offset, offset + rows)``, whether it is own.
 
     A sequence of parts is a schedule: own chunks first in a gather, last in a scatter. Own chunks must be
-    contiguous rows; a chunk may be empty.
+    contiguous rows; a chunk may be empty. For a kernel that stores partials at their owners: the ``owner``,
+    the first row ``landing`` of the owner's buffer, and which of this rank's flags there it is, ``column``.
     """
 
     chunk: int
     offset: int
     rows: int
     own: bool
+    owner: int = 0
+    landing: int = 0
+    column: int = 0
 
 
 @dataclass(frozen=True)
 class TilePlan:
-    """Records of all row tiles, then the numbers of the empty chunks of others, as int32 on the device."""
+    """Records of all row tiles, then of the empty chunks of others, as int32 on the device."""
 
     records: Tensor
     row_tiles: int
@@ -80,12 +84,15 @@ def tile_plan(parts: tuple[Part, ...], tile_rows: int, *, gathers: bool, device:
         local = part.offset - offset
         source = local if part.own and gathers else part.offset
         target = local if part.own and not gathers else part.offset
-        records += [row_tiles, count, source, target, part.rows, part.chunk, int(part.own), 0] * count
+        kind = (part.chunk, int(part.own), part.owner, part.landing, part.column)
+        records += [row_tiles, count, source, target, part.rows, *kind] * count
         row_tiles += count
-    empties = [part.chunk for part in parts if not part.rows and not part.own]
+    empties = [part for part in parts if not part.rows and not part.own]
+    for part in empties:
+        records += [0, 0, 0, 0, 0, part.chunk, 0, part.owner, part.landing, part.column]
     own = [part.chunk for part in parts if part.own]
     return TilePlan(
-        records=torch.tensor([*records, *empties, 0], dtype=torch.int32).to(device),
+        records=torch.tensor([*records, 0], dtype=torch.int32).to(device),
         row_tiles=row_tiles,
         own_row_tiles=sum(-(-part.rows // tile_rows) for part in parts if part.own),
         empties=len(empties),

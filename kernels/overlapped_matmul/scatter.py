@@ -101,7 +101,7 @@ def scatter_kernel(  # type: ignore[no-untyped-def]
     blocks = tl.num_programs(0)
     if block == 0:
         for index in range(empties):
-            raise_flag(ready + tl.load(plan + row_tiles * RECORD + index), epoch)
+            raise_flag(ready + tl.load(plan + (row_tiles + index) * RECORD + 5), epoch)
     for tile in tl.range(block, tiles, blocks, flatten=FLATTEN):
         chunk, own, source, _, rows, first, last, row, column = locate(plan, tile, columns, BM, BN, GROUP)
         total = product(x_desc, w_desc, source + row, column, steps, BM, BN, BK, TRANSPOSED, PRECISION)

@@ -176,6 +176,46 @@ def arrive(counter, expected, ready, epoch, needed):  # type: ignore[no-untyped-
 
 
 @triton.jit
+def arrive_at_owner(counter, expected, flag, told, epoch, needed):  # type: ignore[no-untyped-def]
+    """The same where blocks store in a peer's memory, not through TMA; ``flag`` and ``told`` are there."""
+    if INTERPRETED:
+        if (needed != 0) and (tl.atomic_add(counter, 1) == expected - 1):
+            tl.store(counter, 0)
+            tl.store(flag, epoch)
+            tl.store(told, epoch)
+    else:
+        tl.inline_asm_elementwise(
+            """
+            {
+            .reg .pred p;
+            .reg .b32 v, l;
+            setp.eq.s32 p, $6, 0;
+            @p bra DONE;
+            bar.sync 0;
+            mov.u32 v, %tid.x;
+            setp.ne.u32 p, v, 0;
+            @p bra DONE;
+            fence.acq_rel.sys;
+            sub.u32 l, $2, 1;
+            atom.acq_rel.gpu.global.inc.u32 v, [$1], l;
+            setp.ne.u32 p, v, l;
+            @p bra DONE;
+            st.release.sys.global.b32 [$3], $5;
+            st.release.sys.global.b32 [$4], $5;
+            DONE:
+            bar.warp.sync 0xffffffff;
+            mov.u32 $0, 0;
+            }
+            """,
+            "=r,l,r,l,l,r,r",
+            [counter, expected, flag, told, epoch, needed],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
 def raise_flag(flag, epoch):  # type: ignore[no-untyped-def]
     """Set ``flag`` to ``epoch`` for copy engines and peers; nothing stored before is implied."""
     if INTERPRETED:

@@ -250,6 +250,89 @@ def test_scatter_adds_in_rank_order_and_raises_every_flag(rows: list[int], dtype
             assert ready.tolist() == [0 if chunk == rank else EPOCH for chunk in range(len(rows))]
 
 
+class Ranks:
+    """All ranks of a scatter that stores at the owners, one after the other."""
+
+    def __init__(
+        self, rows: list[int], columns: int, inner: int, dtype: torch.dtype, subchunks: int = 1
+    ) -> None:
+        self.rows, self.world, self.subchunks = rows, len(rows), subchunks
+        self.x = [exact(sum(rows), inner, dtype=dtype) for _ in rows]
+        self.w = [weight(columns, inner, dtype, rank % 2 == 1, exact) for rank in range(len(rows))]
+        self.slots = [poison(len(rows), own, columns, dtype=dtype) for own in rows]
+        self.flags = [words(len(rows), subchunks) for _ in rows]
+        self.told = [words(len(rows), subchunks) for _ in rows]
+        self.counters = words(len(rows) * subchunks)
+
+    def parts(self, rank: int) -> tuple[Any, ...]:
+        plan = schedule.reduce_scatter(self.rows, rank, subchunks=self.subchunks)
+        found = []
+        for number, step in enumerate(plan.steps):
+            owner, offset, rows = plan.chunks[step.compute]
+            landing = rank * self.rows[owner] + offset - sum(self.rows[:owner])
+            column = step.compute % self.subchunks
+            found.append(Part(number, offset, rows, owner == rank, owner, landing, column))
+        return tuple(found)
+
+    def run(self, rank: int, kernel: Any, epoch: int, **options: Any) -> Tensor:
+        places = [
+            [slots.data_ptr() for slots in self.slots],
+            *([words[rank].data_ptr() for words in table] for table in (self.flags, self.told)),
+        ]
+        directory = torch.tensor(places, dtype=torch.int64, device=DEVICE)
+        out = poison(self.rows[rank], self.w[rank].shape[0], dtype=self.x[rank].dtype)
+        kernel(
+            self.x[rank], self.w[rank], directory, self.counters, self.slots[rank], self.flags[rank], epoch,
+            self.parts(rank), rank, out, **options,
+        )  # fmt: skip
+        assert not self.counters.any()
+        return out
+
+
+@pytest.mark.parametrize("rows", RAGGED)
+def test_partials_are_stored_at_their_owners(rows: list[int]) -> None:
+    """Every rank runs twice: what the others need of it is there after the first."""
+    dtype = torch.float16
+    for subchunks, config in zip((1, 2), TILES, strict=True):
+        ranks = Ranks(rows, 40, 24, dtype, subchunks)
+        # As if all had arrived, for the first run: nobody waits, and what is added then is dropped.
+        for flags in ranks.flags:
+            flags.fill_(EPOCH)
+        for rank in range(ranks.world):
+            ranks.run(rank, kernels.matmul_stored, EPOCH, config=config)
+            others = [other for other in range(ranks.world) if other != rank]
+            for words_of in (ranks.flags, ranks.told):
+                assert all((words_of[other][rank] == EPOCH).all() for other in others)
+        for rank in range(ranks.world):
+            terms = []
+            for peer in range(ranks.world):
+                partial = poison(sum(rows), 40, dtype=dtype)
+                kernels.matmul(ranks.x[peer], ranks.w[peer], partial, config=config)
+                start = sum(rows[:rank])
+                terms.append(partial[start : start + rows[rank]])
+                assert torch.equal(ranks.slots[rank][peer], terms[-1])
+            expected = terms[0].float()
+            for term in terms[1:]:
+                expected = expected + term.float()
+            out = ranks.run(rank, kernels.matmul_stored, EPOCH, config=config)
+            assert torch.equal(out, expected.to(dtype))
+
+
+def test_the_reference_stores_what_the_kernel_stores() -> None:
+    seen = []
+    for kernel in (reference.matmul_stored, kernels.matmul_stored):
+        torch.manual_seed(0)
+        ranks = Ranks([UNIT + 3, 0, UNIT], 16, 16, torch.float16, subchunks=2)
+        for flags in ranks.flags:
+            flags.fill_(EPOCH)
+        for slots in ranks.slots:
+            slots.fill_(1.0)
+        outs = [ranks.run(rank, kernel, EPOCH) for rank in range(3)]
+        seen.append((outs, ranks.told))
+    for found, expected in zip(*seen, strict=True):
+        assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
 def test_scatter_bits_are_those_of_an_ordered_sum_of_rounded_partials() -> None:
     rows = [2 * UNIT + 1, 2 * UNIT, UNIT + 3]
     half, single = torch.float16, torch.float32

@@ -120,6 +120,7 @@ class NvlinkTransport(Transport):
         self.captured: NvlinkTransport | None = None
         self._held: set[object] = set()
         self._counters: Tensor | None = None
+        self._directories: list[Tensor] = []
         self.core = import_module("flashtrain._core")
         self._plans: dict[tuple[int, int], Plan] = {}
         self._stream, self._quiesce = stream, quiesce
@@ -139,7 +140,14 @@ class NvlinkTransport(Transport):
             quiesce()
             self.check()
 
-        self.arena = Arena(allocate, exchange, settle, self._engine.use_landings, arena_bytes)
+        self.arena = Arena(allocate, exchange, settle, self._use_landings, arena_bytes)
+
+    def _use_landings(self, landings: tuple[int, ...], stride: int) -> None:
+        # Kept until the end: CUDA graphs may hold the address of an older one.
+        device = self._tables[1].memory.device
+        pages = torch.tensor(self._engine.directory(landings, stride), dtype=torch.int64, device=device)
+        self._directories.append(pages)
+        self._engine.use_landings(landings, stride, pages.data_ptr())
 
     def open(self, schedule: Schedule, site: str) -> "NvlinkExchange":
         if self._engine is None:
@@ -323,6 +331,7 @@ class NvlinkTransport(Transport):
         self.arena.free()
         self._plans.clear()
         self._held.clear()
+        self._directories.clear()
 
 
 class NvlinkExchange(Exchange):

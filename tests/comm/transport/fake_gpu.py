@@ -291,11 +291,15 @@ class Operation:
 class Fused:
     """Operations of one schedule whose kernel copies: see ``relay`` in the fake driver.
 
+    With ``stores`` it also delivers, where else copy engines do.
+
     One that was captured, by ``record``, is replayed with other data after ``feed``; ``after`` that says
     whether it was right.
     """
 
-    def __init__(self, transport: NvlinkTransport, stream: Stream, schedule: Schedule) -> None:
+    def __init__(
+        self, transport: NvlinkTransport, stream: Stream, schedule: Schedule, stores: bool = False
+    ) -> None:
         self.transport, self.stream, self.schedule = transport, stream, schedule
         core, parameter = transport.core, transport.core.Parameter
         self.messages = transport.plan(schedule, 12)
@@ -303,15 +307,24 @@ class Fused:
         leaving_bytes = 12 * (self.leaving_rows.stop - self.leaving_rows.start)
         # As on a GPU: what has no rows has no tiles that wait.
         silent = {m.src for m in self.messages.arrivals if not schedule.chunks[m.chunk].rows}
+        first = self.leaving_rows.start
+        offsets = [12 * (schedule.chunks[send.chunk].offset - first) for send in self.messages.sends]
+        self.deliveries = torch.tensor([
+            [send.dst, send.chunk % schedule.subchunks, offset,
+             12 * self.messages.landing.span(send.dst, send.chunk, send.slot).start,
+             12 * schedule.chunks[send.chunk].rows]
+            for send, offset in zip(self.messages.sends, offsets, strict=True)
+        ])  # fmt: skip
         numbers = {
             "epoch": 0, "rank": schedule.rank, "world": schedule.world, "subchunks": schedule.subchunks,
-            "sends": 0 if schedule.gathers else len(self.messages.sends),
+            "sends": 0 if schedule.gathers and not stores else len(self.messages.sends),
             "leaving_bytes": 0 if schedule.gathers else leaving_bytes,
             "landing_bytes": self.messages.rows * 12, "columns": core.flag_columns,
             "silent": sum(1 << src for src in silent),
         }  # fmt: skip
         pointers = {"source": 0, "leaving": 0, "seen": 0, "signals": transport.signals,
-                    "flags": 0, "stop": transport.stop_word}  # fmt: skip
+                    "flags": 0, "stop": transport.stop_word, "directory": 0,
+                    "deliveries": self.deliveries.data_ptr()}  # fmt: skip
         self.launch = core.Launch(
             core.Kernel(driver(), b"", "relay", 0, 32),
             [
@@ -322,12 +335,11 @@ class Fused:
         )
         if not self.messages.sends:
             return
-        first = self.leaving_rows.start
         self.product = core.FusedProduct(
             program=self.messages.program, launch=self.launch, blocks=1,
             values=[0, *pointers.values(), *numbers.values()], places=[[1], [2], [3]],
-            landing=[0], flags=[5], epoch=[7], source=1, early=schedule.gathers,
-            offsets=[12 * (schedule.chunks[send.chunk].offset - first) for send in self.messages.sends],
+            landing=[0], flags=[5], epoch=[9], directory=[7] if stores else [], source=1,
+            early=schedule.gathers, offsets=offsets,
         )  # fmt: skip
 
     def start(self, salt: int) -> Callable[[], None]:

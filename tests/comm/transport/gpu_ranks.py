@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from torch import Tensor
 
-from flashtrain.comm import chunked, collectives, ops, transport, tune
+from flashtrain.comm import chunked, collectives, fused, ops, products, transport, tune
 from flashtrain.comm.schedule import split_rows
 from flashtrain.comm.transport.group import GroupTransport
 from flashtrain.comm.transport.nvlink import NvlinkTransport
@@ -153,12 +153,25 @@ def fused_bits(rank: int, world: int, subchunks: int) -> int:
             }
             for _ in range(2):
                 found = both_layers(group, rank, world, (rows, inputs, outputs), dtype)
+                row = (
+                    draw(30 + rank, rows, inputs, dtype=dtype),
+                    draw(40 + rank, outputs, inputs, dtype=dtype),
+                )
+                assert torch.equal(stored(*row, group, subchunks), found["row y"])
                 for name, expected in wanted.items():
                     for key in (name,) if name in found else (f"{name} False", f"{name} True"):
                         assert torch.equal(found[key], expected), (key, dtype, rows, subchunks)
                         compared += 1
     stop()
     return compared
+
+
+def stored(x: Tensor, w: Tensor, group: str, subchunks: int = 1) -> Tensor:
+    """``RS(x · wᵀ)`` by the kernel that stores partials at their owners."""
+    mover = transport.of(group, x.device)
+    assert isinstance(mover, NvlinkTransport)
+    plan = products.plan_of("reduce_scatter", split_rows(x.shape[0], mover.world), group, subchunks)
+    return fused.StoredScatter(mover, plan, x, w)(x, w, "stored")
 
 
 def chunked_product(x: Tensor, w: Tensor) -> Tensor:
@@ -225,7 +238,7 @@ def stress(rank: int, world: int, operations: int, connections: str) -> dict[str
     for salt in range(operations):
         rows = choice.choice((4 * world, 16 * world + 1, 256 * world + 3, 1, 2048 * world))
         inputs, outputs = choice.choice(((16, 32), (32, 8), (16, 1024)))
-        group, kind = groups[choice.randrange(2)], choice.randrange(3)
+        group, kind = groups[choice.randrange(2)], choice.randrange(4)
         stream = side if choice.random() < 0.2 else torch.cuda.default_stream()
         if delays.random() < 0.1:
             torch.cuda._sleep(delays.randrange(2_000_000))  # up to a millisecond
@@ -241,8 +254,11 @@ def stress(rank: int, world: int, operations: int, connections: str) -> dict[str
                     whole[rank][: counts[rank]], w[rank], group, f"up {salt}", rows
                 )
                 wanted = x @ w[rank].t()
-            elif kind == 1:
-                found = ops.matmul_reduce_scatter(whole[rank], w[rank], group, f"down {salt}")
+            elif kind in (1, 3):
+                if kind == 1:
+                    found = ops.matmul_reduce_scatter(whole[rank], w[rank], group, f"down {salt}")
+                else:
+                    found = stored(whole[rank], w[rank], group, 1 + salt % 2)
                 partials = [whole[c][begin : begin + counts[rank]] @ w[c].t() for c in range(world)]
                 wanted = ordered_sum(torch.stack(partials))
             else:

@@ -41,11 +41,11 @@ def _connect(
 def _fused(
     rank: int, transport: NvlinkTransport, stream: Stream, rows: tuple[int, ...], count: int
 ) -> list[Fused]:
-    kinds = list(product((all_gather, reduce_scatter), (1, 3)))
+    kinds = list(product(((all_gather, False), (reduce_scatter, False), (reduce_scatter, True)), (1, 3)))
     made = []
     for number in range(count):
-        build, subchunks = kinds[number * 3 % 4]
-        made.append(Fused(transport, stream, build(rows, rank, subchunks=subchunks)))
+        (build, stores), subchunks = kinds[number * 5 % 6]
+        made.append(Fused(transport, stream, build(rows, rank, subchunks=subchunks), stores))
     return made
 
 

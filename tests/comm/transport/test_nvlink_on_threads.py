@@ -173,11 +173,12 @@ def test_kernels_that_wait_for_arrivals_and_signal_what_leaves(world: int) -> No
             Fused(transport, stream, build(rows, rank, subchunks=subchunks))
             for build, subchunks in product((all_gather, reduce_scatter), (1, 3))
         ]
+        fused += [Fused(transport, stream, reduce_scatter(rows, rank, subchunks=n), True) for n in (1, 3)]
         started = []
         for salt in range(120):
             if delays.random() < 0.15:
                 stream.sleep(delays.randrange(2000))
-            started.append(fused[salt * 7 % 4].start(salt))
+            started.append(fused[salt * 7 % 6].start(salt))
         stream.synchronize()
         for check in started:
             check()
@@ -186,8 +187,10 @@ def test_kernels_that_wait_for_arrivals_and_signal_what_leaves(world: int) -> No
     Ranks(world).run(main)
 
 
-@pytest.mark.parametrize("build", [all_gather, reduce_scatter])
-def test_a_rank_without_rows_is_waited_for_by_the_others_and_waits_for_them(build: Any) -> None:
+@pytest.mark.parametrize(
+    ("build", "stores"), [(all_gather, False), (reduce_scatter, False), (reduce_scatter, True)]
+)
+def test_a_rank_without_rows_is_waited_for_by_the_others_and_waits_for_them(build: Any, stores: bool) -> None:
     """Kernels wait for rows alone; without more, ranks would overwrite what others still read."""
     fake_gpu.delay(10, slowness=20)
 
@@ -195,7 +198,7 @@ def test_a_rank_without_rows_is_waited_for_by_the_others_and_waits_for_them(buil
         stream = Stream()
         transport = ranks.connect(rank, stream)
         transport.arena.reserve(1 << 20, "at the start")
-        operation, started = Fused(transport, stream, build((40, 0, 42), rank)), []
+        operation, started = Fused(transport, stream, build((40, 0, 42), rank), stores), []
         for salt in range(60):
             if rank == (1 if build is all_gather else 0) and salt % 4 == 0:
                 stream.sleep(3000)
@@ -237,7 +240,7 @@ def test_a_launch_refuses_what_the_kernel_does_not_take() -> None:
             core.Kernel(fake_gpu.driver(), b"", "another", 0, 32)
         operation = Fused(transport, stream, all_gather((64,), 0))
         with pytest.raises(ValueError, match="landing starts at an address that is no multiple of 16 bytes"):
-            operation.launch.start(1, stream.handle, [8] * 16)
+            operation.launch.start(1, stream.handle, [8] * 18)
         with pytest.raises(ValueError, match="one value a parameter"):
             operation.launch.start(1, stream.handle, [16])
 
