@@ -116,7 +116,7 @@ uint32_t CopyEngine::open(std::shared_ptr<const Program> program, const std::str
   }
   epoch_ = flight_->epoch;
   device_flags_ = device_flags;
-  first_ = behind_opening_ = signalled_ = kept_ = false;
+  first_ = behind_opening_ = signalled_ = kept_ = ended_ = false;
   pushed_.assign(flight_->program->sends.size(), false);
   awaited_.assign(flight_->program->arrivals.size(), false);
   if (!captured_ && epoch_ % kRefresh == 0) refresh_flags();
@@ -200,7 +200,19 @@ void CopyEngine::push(const std::vector<uint32_t>& which, const std::vector<uint
     driver_.check(driver_.stream_write_value(copies_, flag, flight_->up, kWriteAfterEarlierWrites),
                   "cuStreamWriteValue32");
   }
+  // Of those the end of the operation need not wait, but a capture needs every end of it.
+  if (!captured_ && !told.empty()) copies_end_here();
   together(copies_, std::move(told));
+}
+
+void CopyEngine::copies_end_here() {
+  driver_.check(driver_.event_record(copied_, copies_), "cuEventRecord");
+  ended_ = true;
+}
+
+void CopyEngine::wait_for_copies() {
+  if (!ended_) copies_end_here();
+  driver_.check(driver_.stream_wait_event(stream_, copied_, 0), "cuStreamWaitEvent");
 }
 
 void CopyEngine::come_after_opening() {
@@ -218,6 +230,7 @@ void CopyEngine::keep(uint64_t source, uint64_t offset, uint64_t bytes) {
   const DeviceAddress to = landings_[rank_] + epoch_ % 2 * stride_ + offset;
   driver_.check(driver_.copy_on_device(to, source, bytes, copies_), "cuMemcpyDtoDAsync");
   kept_ = true;
+  ended_ = false;
 }
 
 uint32_t CopyEngine::start(const FusedProduct& product, const std::string& site, uint64_t stream,
@@ -272,12 +285,13 @@ uint64_t CopyEngine::wait_beside() {
     throw std::logic_error("a wait before the pushes would hold them up");
   }
   for (uint32_t arrival = 0; arrival < awaited_.size(); ++arrival) wait_on(copies_, arrival);
+  ended_ = false;
   return reinterpret_cast<uintptr_t>(copies_);
 }
 
 void CopyEngine::wait_for_all() {
   for (uint32_t arrival = 0; arrival < awaited_.size(); ++arrival) wait(arrival);
-  if (kept_) order(stream_, copied_, copies_);
+  if (kept_) wait_for_copies();
   kept_ = false;
 }
 
@@ -290,7 +304,7 @@ void CopyEngine::close() {
   if (!captured_) {
     for (uint32_t arrival = 0; arrival < awaited_.size(); ++arrival) wait(arrival);
   }
-  if (behind_opening_) order(stream_, copied_, copies_);
+  if (behind_opening_) wait_for_copies();
   if (captured_) wait_and_lower();
   driver_.check(driver_.event_record(done_, stream_), "cuEventRecord");
   flight_.reset();

@@ -122,6 +122,8 @@ class CopyEngine {
   void push(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources, After after);
   std::vector<uint32_t> all_sends() const;
   void come_after_opening();
+  void copies_end_here();
+  void wait_for_copies();
   void wait_on(StreamHandle stream, uint32_t which);
   bool follows(StreamHandle stream);
   void meet(const std::string& site);
@@ -154,6 +156,7 @@ class CopyEngine {
   bool device_flags_ = false, signalled_ = false;
   bool behind_opening_ = false;          // the copy stream comes after the opening
   bool kept_ = false;                    // something is kept that the stream has not waited for
+  bool ended_ = false;                   // copied_ was recorded behind all copies
   std::vector<bool> pushed_, awaited_;
 };
 

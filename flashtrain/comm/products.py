@@ -138,6 +138,7 @@ def _choose(
     if not (mover.has_kernels and chosen.fused) or fused.refusal(plan, x, w) is not None:
         return by_chunks(plan, group)
     by_kernel: Any = fused.FusedGather if plan.gathers else fused.FusedScatter
+    by_storing: Any = fused.StoredScatter
     if not chosen.tune:
         return by_kernel(mover, plan, x, w)
     from flashtrain.kernels.overlapped_matmul.config import configs, default_config
@@ -152,20 +153,13 @@ def _choose(
         cut = plan_of(op, counts, group, subchunks)
         for config in listed:
             candidates[f"fused {config} in {subchunks}"] = partial(by_kernel, mover, cut, x, w, config)
-        if not plan.gathers:
-            for config in configs(x.dtype)[:_STORING]:
-                candidates[f"fused stored {config} in {subchunks}"] = partial(
-                    fused.StoredScatter,
-                    mover,
-                    cut,
-                    x,
-                    w,
-                    config,  # type: ignore[arg-type]
-                )
         if plan.gathers:
             candidates[f"chunked in {subchunks}"] = partial(StreamedGather, mover, cut, x, w)  # type: ignore[arg-type]
-        else:
-            candidates[f"chunked in {subchunks}"] = partial(ChunkedScatter, cut, group)
+            continue
+        for config in configs(x.dtype)[:_STORING]:
+            name = f"fused stored {config} in {subchunks}"
+            candidates[name] = partial(by_storing, mover, cut, x, w, config)
+        candidates[f"chunked in {subchunks}"] = partial(ChunkedScatter, cut, group)
     candidates["whole"] = partial(WholeGather if plan.gathers else WholeScatter, plan, group)
     layout = "" if w.stride(1) == 1 else " transposed"
     name = f"{op} {tune.bucket(plan.rows)} x {w.shape[0]} x {w.shape[1]} {x.dtype}{layout}"

@@ -24,15 +24,15 @@ def flags_at(directory, record, WORLD: tl.constexpr):  # type: ignore[no-untyped
 
 
 @triton.jit
-def tell_owner(plan, tile, blocks, columns, directory, counters, epoch, done, WORLD: tl.constexpr):  # type: ignore[no-untyped-def]
-    """Count this block at the chunk of ``tile`` if ``done`` and it computes no more of that chunk."""
+def leaving(plan, tile, blocks, columns, directory, counters, done, WORLD: tl.constexpr):  # type: ignore[no-untyped-def]
+    """What ``arrive_at_owner`` needs: to count this block at the chunk of ``tile``, if ``done`` with it."""
     record = plan + (tile // columns) * RECORD
     first = tl.load(record) * columns
     last = first + tl.load(record + 1) * columns
     flag, told = flags_at(directory, record, WORLD)
-    leaving = (done & (tl.load(record + 6) == 0) & (tile + blocks >= last)).to(tl.int32)
-    expected = tl.minimum(last - first, blocks)
-    arrive_at_owner(counters + tl.load(record + 5), expected, flag, told, epoch, leaving)
+    counter = counters + tl.load(record + 5)
+    needed = (done & (tl.load(record + 6) == 0) & (tile + blocks >= last)).to(tl.int32)
+    return counter, tl.minimum(last - first, blocks), flag, told, needed
 
 
 @triton.jit
@@ -87,9 +87,13 @@ def stored_kernel(  # type: ignore[no-untyped-def]
         there = tl.load(directory + tl.load(record + 7)).to(tl.pointer_type(slots.dtype.element_ty))
         there = tl.multiple_of(there, 16)
         landing = tl.load(record + 8)
-        total = product(x_desc, w_desc, source + row, column, steps, BM, BN, BK, TRANSPOSED, PRECISION)
+        # Looked up before the product, which hides what that takes.
         before = tl.maximum(tile - blocks, 0)
-        tell_owner(plan, before, blocks, columns, directory, counters, epoch, tile >= blocks, WORLD)
+        counter, expected, flag, told, needed = leaving(
+            plan, before, blocks, columns, directory, counters, tile >= blocks, WORLD
+        )
+        total = product(x_desc, w_desc, source + row, column, steps, BM, BN, BK, TRANSPOSED, PRECISION)
+        arrive_at_owner(counter, expected, flag, told, epoch, needed)
         if SPLIT:
             left, right = halves(total)
             store_tile(there, landing + row, column, landing + rows, width, left, True)
@@ -97,7 +101,10 @@ def stored_kernel(  # type: ignore[no-untyped-def]
         else:
             store_tile(there, landing + row, column, landing + rows, width, total, True)
     final = block + tl.maximum(tiles - 1 - block, 0) // blocks * blocks
-    tell_owner(plan, final, blocks, columns, directory, counters, epoch, block < tiles, WORLD)
+    counter, expected, flag, told, needed = leaving(
+        plan, final, blocks, columns, directory, counters, block < tiles, WORLD
+    )
+    arrive_at_owner(counter, expected, flag, told, epoch, needed)
     settle()
     begin = block + tl.maximum(others - block + blocks - 1, 0) // blocks * blocks
     for tile in range(begin, tiles, blocks):
