@@ -200,8 +200,11 @@ void CopyEngine::push(const std::vector<uint32_t>& which, const std::vector<uint
     driver_.check(driver_.stream_write_value(copies_, flag, flight_->up, kWriteAfterEarlierWrites),
                   "cuStreamWriteValue32");
   }
-  // Of those the end of the operation need not wait, but a capture needs every end of it.
-  if (!captured_ && !told.empty()) copies_end_here();
+  // The end of the operation need not wait for that, but a capture needs every end of it.
+  if (!captured_ && !told.empty()) {
+    copies_end_here();
+    telling_ = true;
+  }
   together(copies_, std::move(told));
 }
 
@@ -248,6 +251,9 @@ uint32_t CopyEngine::start(const FusedProduct& product, const std::string& site,
     const uint64_t pages = sizeof(uint64_t) * 3 * host_.world();
     for (const uint32_t place : product.directory) values.at(place) = directory_ + epoch_ % 2 * pages;
     const bool pushes = product.directory.empty();
+    // A kernel that raises the peers' flags must not be overtaken by what is still being said of an operation before it.
+    if (!pushes && telling_) order(stream_, copied_, copies_);
+    if (!pushes) telling_ = false;
     const std::vector<uint32_t> all = all_sends();
     std::vector<uint64_t> sources = product.offsets;
     for (uint64_t& source : sources) source += given.at(product.source);

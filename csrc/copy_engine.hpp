@@ -157,6 +157,7 @@ class CopyEngine {
   bool behind_opening_ = false;          // the copy stream comes after the opening
   bool kept_ = false;                    // something is kept that the stream has not waited for
   bool ended_ = false;                   // copied_ was recorded behind all copies
+  bool telling_ = false;                 // flags of an operation that has ended may yet go up, by the copy stream
   std::vector<bool> pushed_, awaited_;
 };
 
