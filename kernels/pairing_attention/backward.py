@@ -23,7 +23,7 @@ from flashtrain.kernels.pairing_attention.turns import add_tile, await_turn, don
 
 
 @triton.jit
-def prepare_kernel(  # type: ignore[no-untyped-def]
+def attention_prepare_kernel(  # type: ignore[no-untyped-def]
     d_out,
     out,
     d_logsumexp,
@@ -166,7 +166,7 @@ def over_rows(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def gradient_kernel(  # type: ignore[no-untyped-def]
+def attention_gradient_kernel(  # type: ignore[no-untyped-def]
     q_desc,
     k_desc,
     v_desc,
@@ -257,7 +257,7 @@ def gradient_kernel(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def round_kernel(  # type: ignore[no-untyped-def]
+def attention_round_kernel(  # type: ignore[no-untyped-def]
     sums,
     d_query,
     sequence,

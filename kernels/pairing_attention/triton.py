@@ -9,7 +9,11 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flashtrain.kernels.layout import heads_like
-from flashtrain.kernels.pairing_attention.backward import gradient_kernel, prepare_kernel, round_kernel
+from flashtrain.kernels.pairing_attention.backward import (
+    attention_gradient_kernel,
+    attention_prepare_kernel,
+    attention_round_kernel,
+)
 from flashtrain.kernels.pairing_attention.config import Config, config_of, section_of, splits_of
 from flashtrain.kernels.pairing_attention.forward import attention_kernel
 
@@ -113,7 +117,7 @@ def backward(
     norms, means = torch.empty(2, sizes.batch, sizes.pairs, number * rows, **memory)
     sums = torch.empty(sizes.batch * heads * number * depth, rows, **memory)
     counters = torch.empty(1 + sizes.batch * heads * number, dtype=torch.int32, device=query.device)
-    prepare_kernel[(number, sizes.pairs, sizes.batch)](
+    attention_prepare_kernel[(number, sizes.pairs, sizes.batch)](
         d_out,
         out,
         None if d_logsumexp is None else d_logsumexp.contiguous(),
@@ -138,7 +142,7 @@ def backward(
     )
     parts = _Parts.of(sizes, key, key_of, tiles.rows)
     d_key, d_value = (parts.memory(x) for x in (key, value))
-    gradient_kernel[(parts.blocks * triton.cdiv(sizes.keys, tiles.rows),)](
+    attention_gradient_kernel[(parts.blocks * triton.cdiv(sizes.keys, tiles.rows),)](
         sizes.described(query, rows),
         sizes.described(key, tiles.rows),
         sizes.described(value, tiles.rows),
@@ -167,7 +171,7 @@ def backward(
         **sizes.constants,
     )
     d_query = heads_like(query, heads)
-    round_kernel[(number, heads, sizes.batch)](
+    attention_round_kernel[(number, heads, sizes.batch)](
         sums,
         d_query,
         sizes.sequence,

@@ -164,13 +164,13 @@ def test_heads_without_a_pair_have_gradients_of_zero(poisoned_memory: None) -> N
 COMPILED = """
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from flashtrain.kernels.pairing_attention.backward import gradient_kernel
+from flashtrain.kernels.pairing_attention.backward import attention_gradient_kernel
 from flashtrain.kernels.pairing_attention.config import config_of
 from flashtrain.kernels.pairing_attention.forward import attention_kernel
 import torch
 
-for kernel, name, width in ((attention_kernel, "forward", 64), (gradient_kernel, "backward", 64),
-                            (gradient_kernel, "backward", 128)):
+for kernel, name, width in ((attention_kernel, "forward", 64), (attention_gradient_kernel, "backward", 64),
+                            (attention_gradient_kernel, "backward", 128)):
     tiles = getattr(config_of(torch.bfloat16, width), name)
     rows, columns = (tiles.rows, tiles.columns)[:: 1 if name == "forward" else -1]
     given = {"BM": rows, "BN": columns, "D": width, "CAUSAL": True, "PRECISION": "tf32",
