@@ -170,24 +170,16 @@ def candidates(width: int) -> Iterator[Config]:
         (64, 128, 4, 2),
         (64, 64, 4, 3),
     ]
-    keys = [
+    backward = [
+        (128, 64, 8, 2),
         (128, 64, 8, 3),
         (128, 32, 8, 3),
-        (64, 64, 4, 2),
-        (64, 128, 8, 2),
         (128, 128, 8, 2),
-        (64, 64, 8, 3),
-    ]
-    queries = [
-        (128, 64, 8, 2),
-        (64, 64, 4, 2),
-        (128, 128, 8, 2),
-        (64, 128, 8, 2),
-        (128, 64, 4, 2),
+        (128, 128, 8, 3),
         (64, 64, 4, 3),
     ]
-    for one, two, three in zip(forward, keys, queries, strict=True):
-        yield Config(Tiles(*one), Tiles(*two), Tiles(*three))
+    for one, two in zip(forward, backward, strict=True):
+        yield Config(Tiles(*one), Tiles(*two))
 
 
 def grid_row(config: Config, width: int) -> dict[str, float]:
@@ -196,7 +188,7 @@ def grid_row(config: Config, width: int) -> dict[str, float]:
     maps = pairing.query_of, pairing.key_of
     given = heads_of(pairing, width, 4, 4096)
     found: dict[str, float] = {}
-    for part in ("forward", "keys", "queries"):
+    for part in ("forward", "backward"):
         one = replace(config_of(torch.bfloat16, width), **{part: getattr(config, part)})
 
         def call(one: Config = one) -> None:
@@ -208,7 +200,7 @@ def grid_row(config: Config, width: int) -> dict[str, float]:
         except (triton.runtime.errors.OutOfResources, RuntimeError) as failure:
             print(f"{part} {getattr(config, part)}: {str(failure)[:80]}", flush=True)
             continue
-        wanted = {"forward": "attention_kernel", "keys": "keys_gradient", "queries": "queries_gradient"}[part]
+        wanted = {"forward": "attention_kernel", "backward": "attention_gradient"}[part]
         found[f"{part} {getattr(config, part)}"] = sum(
             ms for key, ms in took.items() if key.startswith(wanted)
         )

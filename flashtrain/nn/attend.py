@@ -54,7 +54,7 @@ class Settings:
     torch's memory-efficient one; math, which holds all scores in memory. On the CPU
     there are auto and math. auto: a run on GPUs measures those that take its heads and keeps the fastest;
     elsewhere the first of them in that order. ``deterministic``: a backward pass with fixed orders of
-    summation, which torch does not offer for cudnn.
+    summation; torch does not offer it for cudnn, which then takes triton's.
     """
 
     backend: Backend = "auto"
@@ -100,7 +100,7 @@ def run(name: str, heads: Heads, documents: Documents | None, deterministic: boo
     bounds, longest = (None, heads.query.shape[2]) if documents is None else documents
     match name:
         case "cudnn":
-            return kernels.cudnn(*heads)
+            return kernels.cudnn(*heads, deterministic)
         case "flash":
             return kernels.flash(*heads, bounds, longest, deterministic)
         case "fa":
@@ -132,14 +132,10 @@ def why_not(name: str, heads: Heads, documents: bool, deterministic: bool) -> st
         return f"it takes no {str(dtype).removeprefix('torch.')}: use math"
     if width % 8 or width > kernels.WIDEST[name]:
         return f"it takes heads of up to {kernels.WIDEST[name]} in steps of 8, not of {width}: use math"
-    if name == "triton" and not documents:
-        return kernels.refusal(dtype, width)
-    if name in ("efficient", "triton"):
-        return "it knows no documents: use flash or math" if documents else None
-    if name == "cudnn" and deterministic:
-        return "its backward pass is not deterministic: use flash, or set attention.deterministic false"
-    if name == "cudnn" and documents:
+    if name in ("cudnn", "triton", "efficient") and documents:
         return "it knows no documents: use flash or math"
+    if name == "triton" or (name == "cudnn" and deterministic):
+        return kernels.refusal(dtype, width)
     if name == "fa" and kernels.package() is None:
         return "the package flash-attn cannot be imported: use flash"
     return None

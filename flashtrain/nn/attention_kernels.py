@@ -3,10 +3,11 @@
 All take ``query [B, H, S, D]``, ``key`` and ``value [B, kv heads, S, D]`` and give causal attention
 ``[B, H, S, D]``. Forward, all are deterministic. Backward:
 
-    cudnn      sums dQ in any order; torch passes cuDNN no other wish (pytorch#182551)
+    cudnn      sums dQ in any order, as torch passes cuDNN no other wish (pytorch#182551); where it is to be
+               deterministic, the backward pass is that of triton
     flash      sums dQ in any order, or in a fixed one where torch.are_deterministic_algorithms_enabled()
     fa         the same by its argument ``deterministic``
-    triton     no block adds to another's sum: always in a fixed order
+    triton     blocks add to dQ by turns: always in a fixed order
     efficient  splits keys among blocks that add in any order, or does not, by torch's flag
 
 torch reads its flag when the backward pass runs, so the flag is set there, around that one kernel.
@@ -21,8 +22,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from flashtrain.errors import UserError
 from flashtrain.kernels.pairing_attention.config import refusal
-from flashtrain.kernels.pairing_attention.op import pairing_attention
+from flashtrain.kernels.pairing_attention.op import pairing_attention, pairing_backward_kernels
 
 __all__ = ["WIDEST", "cudnn", "efficient", "flash", "flash_package", "package", "refusal", "triton"]
 
@@ -31,13 +33,61 @@ WIDEST = {"cudnn": 128, "flash": 256, "fa": 128, "triton": 1024, "efficient": 10
 _aten = torch.ops.aten
 
 
-def cudnn(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-    """cuDNN's attention; KV heads are not copied."""
+def cudnn(query: Tensor, key: Tensor, value: Tensor, deterministic: bool = False) -> Tensor:
+    """cuDNN's attention; KV heads are not copied. ``deterministic``: with our backward pass.
+
+    Raises UserError where a version of torch gives another log-sum-exp than that one reads.
+    """
     keeps = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
-    out: Tensor = _aten._scaled_dot_product_cudnn_attention(
+    out: Tensor
+    if keeps and deterministic:
+        out = _Cudnn.apply(query, key, value)
+        return out
+    out = _aten._scaled_dot_product_cudnn_attention(
         query, key, value, None, compute_log_sumexp=keeps, is_causal=True
     )[0]
     return out
+
+
+class _Cudnn(torch.autograd.Function):
+    """cuDNN forward, the kernels of attention over pairs of heads backward."""
+
+    @staticmethod
+    def forward(ctx: Any, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
+        out, sums, *_ = _aten._scaled_dot_product_cudnn_attention(
+            query, key, value, None, compute_log_sumexp=True, is_causal=True
+        )
+        ctx.save_for_backward(out, log_sums(sums, query), query, key, value)
+        return out
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor, ...]:
+        out, sums, *heads = ctx.saved_tensors
+        pairs = _grouped(*heads[:2])
+        found: tuple[Tensor, ...] = pairing_backward_kernels(grads[0], None, out, sums, *heads, *pairs, True)
+        return found
+
+
+def log_sums(sums: Tensor, query: Tensor) -> Tensor:
+    """cuDNN's log-sum-exp ``[B, H, S]`` or ``[B, H, S, 1]``, natural, as our kernels read it: ``[B, H, S]``.
+
+    Raises UserError for another shape or dtype.
+    """
+    wanted = query.shape[:3]
+    if sums.dtype != torch.float32 or sums.shape not in (wanted, (*wanted, 1)):
+        raise UserError(
+            f"torch {torch.__version__} gives cuDNN's log-sum-exp as {list(sums.shape)} {sums.dtype}, "
+            f"not {list(wanted)} float32: set attention.backend to triton or flash"
+        )
+    return sums.reshape(wanted).contiguous()
+
+
+def _grouped(query: Tensor, key: Tensor) -> tuple[list[int], list[int]]:
+    """The pairs that grouped queries are."""
+    heads = list(range(query.shape[1]))
+    group = len(heads) // key.shape[1]
+    return heads, [head // group for head in heads]
 
 
 def flash(
@@ -100,9 +150,7 @@ class _Flash(torch.autograd.Function):
 
 def triton(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
     """The kernels of attention over pairs of heads, for the pairs that grouped queries are."""
-    heads = range(query.shape[1])
-    group = len(heads) // key.shape[1]
-    return pairing_attention(query, key, value, heads, [head // group for head in heads])[0]
+    return pairing_attention(query, key, value, *_grouped(query, key))[0]
 
 
 def efficient(query: Tensor, key: Tensor, value: Tensor, deterministic: bool) -> Tensor:

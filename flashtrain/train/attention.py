@@ -48,7 +48,7 @@ def prepare(
     documents = shape.documents(device) if train.document_mask else None
     chosen = names[0]
     if len(names) > 1:
-        kind = f"{'documents' if documents else 'causal'} {'deterministic' if fixed else 'any order'}"
+        kind = f"{'documents' if documents else 'causal'} {'fixed order' if fixed else 'any order'}"
         chosen = tune.choose(
             f"attention {shape} {train.dtype} {kind}",
             {name: partial(str, name) for name in names},

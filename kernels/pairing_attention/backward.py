@@ -1,29 +1,43 @@
-"""Backward kernels: a tile of keys over all queries of its pairs; ``queries.py`` has the other way round.
+"""Backward kernels: one of five products, between one that prepares its sums and one that rounds dQ.
 
 With ``S = scale Q Kᵀ``, ``P = exp(S - logsumexp)``, ``D = rowsum(dO ∘ O) - dlogsumexp``:
 
     dV = Σ Pᵀ dO      dS = P ∘ (dO Vᵀ - D)      dK = scale Σ dSᵀ Q      dQ = scale Σ dS K
 
-The sums run over rows and over the pairs of a head, in one block or, where blocks would not fill the GPU, in
-``splits`` blocks whose parts are added afterwards: in one order, so without atomics, at the price of S and
-dO Vᵀ twice. Scores of keys are computed as ``[keys, rows]``: no product has an operand that was transposed in
-registers, which Triton 3.4 to 3.7.0 miscompiles on Hopper (flash-linear-attention#640).
+A block holds a tile of keys and meets all rows of all pairs of its head that see it, tile by tile; dK and dV
+add up in its registers. dQ is the sum over blocks: each adds its part in fp32 in global memory when its turn
+has come (``turns.py``), in the order of the tiles of keys, so that bits do not depend on timing. Blocks take
+their numbers from a ticket and wait for lower numbers alone, which are at work or done: no deadlock. All walk
+from the last rows down to their diagonal, the pairs of a head in turn, so that those that start together
+follow each other through the same rows one step apart, and read them from the L2 cache.
+
+Scores of keys are computed as ``[keys, rows]`` and dQ as ``[D, rows]``: no product has an operand that was
+transposed in registers, which Triton 3.4 to 3.7.0 miscompiles on Hopper (flash-linear-attention#640).
 """
 
 import triton
 import triton.language as tl
 
 from flashtrain.kernels.pairing_attention.forward import LOG2E, rows_of
+from flashtrain.kernels.pairing_attention.turns import add_tile, await_turn, done_before, pass_turn
 
 
 @triton.jit
-def delta_kernel(  # type: ignore[no-untyped-def]
+def attention_prepare_kernel(  # type: ignore[no-untyped-def]
     d_out,
     out,
     d_logsumexp,
-    delta,
+    logsumexp,
+    norms,
+    means,
+    sums,
+    counters,
+    visits,
     sequence,
     width,
+    scale,
+    pairs,
+    queries,
     heads,
     d_batch,
     d_head,
@@ -35,12 +49,19 @@ def delta_kernel(  # type: ignore[no-untyped-def]
     D: tl.constexpr,
     HAS_SLOPE: tl.constexpr,
 ):
-    """``delta [B, pairs, S]`` = rowsum(dO ∘ O) - dlogsumexp."""
-    row = tl.program_id(0) * BM + tl.arange(0, BM)
-    pair = tl.program_id(1).to(tl.int64)
+    """What products begin with, ``[B, pairs, tiles · BM]``: -logsumexp as ``scale`` makes it, and -D.
+
+    Also zeros in dQ's sums and in the counters. The grid is (tiles, pairs in the order of ``visits``, batch).
+    """
+    tile = tl.program_id(0)
+    tiles = tl.num_programs(0)
+    visit = tl.load(visits + heads + 1 + tl.program_id(1))
+    pair = visit & 0xFFFF
     batch = tl.program_id(2).to(tl.int64)
+    row = tile * BM + tl.arange(0, BM)
     column = tl.arange(0, D)
-    inside = (row < sequence)[:, None] & (column < width)[None, :]
+    within = row < sequence
+    inside = within[:, None] & (column < width)[None, :]
     long = row.to(tl.int64)[:, None]
     slope = tl.load(
         d_out + batch * d_batch + pair * d_head + long * d_time + column[None, :], mask=inside, other=0.0
@@ -48,82 +69,120 @@ def delta_kernel(  # type: ignore[no-untyped-def]
     value = tl.load(
         out + batch * out_batch + pair * out_head + long * out_time + column[None, :], mask=inside, other=0.0
     ).to(tl.float32)
-    total = tl.sum(slope * value, axis=1)
-    place = (batch * heads + pair) * sequence + row
+    mean = tl.sum(slope * value, axis=1)
+    line = (batch * pairs + pair) * sequence + row
     if HAS_SLOPE:
-        total -= tl.load(d_logsumexp + place, mask=row < sequence, other=0.0)
-    tl.store(delta + place, total, mask=row < sequence)
-
-
-@triton.jit
-def share_of(lists, head, heads, split, splits):  # type: ignore[no-untyped-def]
-    """Where the pairs of ``head`` lie in ``lists`` (offsets of all heads, then pairs): this split's own."""
-    first = tl.load(lists + head)
-    count = tl.load(lists + head + 1) - first
-    first += heads + 1
-    return first + count * split // splits, first + count * (split + 1) // splits
+        mean -= tl.load(d_logsumexp + line, mask=within, other=0.0)
+    norm = tl.load(logsumexp + line, mask=within, other=0.0) * (LOG2E / scale)
+    line = ((batch * pairs + pair) * tiles + tile) * BM + tl.arange(0, BM)
+    tl.store(norms + line, -norm)
+    tl.store(means + line, -mean)
+    if visit >> 32 & 0xFFFF == 0:  # the first of its query head
+        slot = (batch * queries + (visit >> 16 & 0xFFFF)) * tiles + tile
+        tl.store(counters + 1 + slot, 0)
+        tl.store(sums + slot * (BM * D) + tl.arange(0, BM * D), tl.zeros((BM * D,), dtype=tl.float32))
+    if (tl.program_id(0) == 0) & (tl.program_id(1) == 0) & (tl.program_id(2) == 0):
+        tl.store(counters, 0)
 
 
 @triton.jit
 def over_rows(  # type: ignore[no-untyped-def]
     d_keys,
     d_values,
+    adding,
+    done,
     keys_tile,
     values_tile,
     q_desc,
     do_desc,
-    logsumexp,
-    delta,
-    batch,
-    query_head,
-    pair,
+    dq_desc,
+    norms,
+    means,
+    counters,
+    visits,
+    count,
+    tile_of_keys,
     column,
-    first,
-    last,
+    batch,
+    low,
+    high,
+    pairs,
+    queries,
     sequence,
-    before,
+    keys,
     scale,
     BM: tl.constexpr,
+    BN: tl.constexpr,
     D: tl.constexpr,
+    CAUSAL: tl.constexpr,
     MASKED: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """Rows ``[first, last)`` of one pair into dK and dV of one tile; ``MASKED`` where some do not see it."""
-    for start in tl.range(first, last, BM, num_stages=STAGES):
-        row = start + tl.arange(0, BM)
-        queries = rows_of(q_desc, batch, query_head, start, BM, D)
-        scores = tl.dot(keys_tile, queries.T, input_precision=PRECISION)
-        # Rows beyond the sequence weigh something finite, and their dO and delta are 0.
-        norm = tl.load(logsumexp + row, mask=row < sequence, other=0.0) * LOG2E
-        weights = tl.exp2(scores * scale - norm[None, :])
-        if MASKED:
-            weights = tl.where(column[:, None] <= row[None, :] + before, weights, 0.0)
+    """Tiles of rows ``[low, high)``, the last first, of ``count`` pairs into dK, dV and dQ.
+
+    ``MASKED`` where some rows do not see some keys. The turn at a tile is passed on in the next step, when
+    the addition has long arrived: ``done`` is what the counter of the tile ``adding`` becomes then. Both are
+    returned for the last one.
+    """
+    tiles = tl.cdiv(sequence, BM)
+    following = tl.load(visits)
+    for step in tl.range(0, (high - low) * count, num_stages=STAGES):
+        visit = following
+        following = tl.load(visits + (step + 1) % count)  # a step ahead, for the loads that need it
+        tile = high - 1 - step // count
+        pair = (visit & 0xFFFF).to(tl.int32)
+        head = (visit >> 16 & 0xFFFF).to(tl.int32)
+        turn = tile_of_keys * (visit >> 48 & 0xFFFF).to(tl.int32) + (visit >> 32 & 0xFFFF).to(tl.int32)
+        start = tile * BM
+        slot = (batch * queries + head) * tiles + tile
+        line = ((batch * pairs + pair) * tiles + tile).to(tl.int64) * BM + tl.arange(0, BM)
+        # Products begin with what is to be taken off them: that needs no registers of its own.
+        norm = tl.broadcast_to(tl.load(norms + line)[None, :], (BN, BM))
+        rows = rows_of(q_desc, batch, head, start, BM, D)
+        scores = tl.dot(keys_tile, rows.T, norm, input_precision=PRECISION)
+        mean = tl.broadcast_to(tl.load(means + line)[None, :], (BN, BM))
         d_out = rows_of(do_desc, batch, pair, start, BM, D)
+        slope = tl.dot(values_tile, d_out.T, mean, input_precision=PRECISION)
+        found = done_before(counters + slot)
+        # Rows beyond the sequence weigh something finite, and their dO and mean are 0.
+        weights = tl.exp2(scores * scale)
+        if MASKED:
+            if CAUSAL:
+                row = start + tl.arange(0, BM)
+                seen = column[:, None] <= row[None, :] + (keys - sequence)
+            else:
+                seen = (column < keys)[:, None]
+            weights = tl.where(seen, weights, 0.0)
         d_values = tl.dot(weights.to(do_desc.dtype), d_out, d_values, input_precision=PRECISION)
-        slope = tl.dot(values_tile, d_out.T, input_precision=PRECISION)
-        mean = tl.load(delta + row, mask=row < sequence, other=0.0)
-        d_scores = (weights * (slope - mean[None, :])).to(q_desc.dtype)
-        d_keys = tl.dot(d_scores, queries, d_keys, input_precision=PRECISION)
-    return d_keys, d_values
+        d_scores = (weights * slope).to(q_desc.dtype)
+        pass_turn(counters + adding, done)
+        d_keys = tl.dot(d_scores, rows, d_keys, input_precision=PRECISION)
+        d_rows = tl.dot(keys_tile.T, d_scores, input_precision=PRECISION)
+        add_tile(dq_desc, slot * D + await_turn(counters + slot, turn, found), d_rows)
+        adding = slot
+        done = turn + 1
+    return d_keys, d_values, adding, done
 
 
 @triton.jit
-def keys_gradient_kernel(  # type: ignore[no-untyped-def]
+def attention_gradient_kernel(  # type: ignore[no-untyped-def]
     q_desc,
     k_desc,
     v_desc,
     do_desc,
-    logsumexp,
-    delta,
+    dq_desc,
+    norms,
+    means,
     d_key,
     d_value,
-    query_of,
-    lists,
+    counters,
+    visits,
     pairs,
+    queries,
     heads,
-    section,
     splits,
+    blocks,
     sequence,
     keys,
     width,
@@ -139,41 +198,50 @@ def keys_gradient_kernel(  # type: ignore[no-untyped-def]
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dK and dV of a tile of ``BN`` keys of one KV head; grid (section, tiles · splits, batch · sections)."""
-    sections = heads // section
-    batch = tl.program_id(2) // sections
-    head = tl.program_id(2) % sections * section + tl.program_id(0)
-    split = tl.program_id(1) % splits
-    start = tl.program_id(1) // splits * BN
+    """dK and dV of a tile of ``BN`` keys of one KV head, and its part of dQ.
+
+    ``blocks`` work on one tile of keys of all heads. Tiles of the first keys, which the most rows see, have
+    the lowest numbers.
+    """
+    number = tl.atomic_add(counters, 1)
+    counters += 1
+    tile_of_keys = number // blocks
+    split = number % splits
+    head = number % blocks // splits % heads
+    batch = number % blocks // splits // heads
+    start = tile_of_keys * BN
     column = start + tl.arange(0, BN)
-    before = keys - sequence
     keys_tile = rows_of(k_desc, batch, head, start, BN, D)
     values_tile = rows_of(v_desc, batch, head, start, BN, D)
     d_keys = tl.zeros((BN, D), dtype=tl.float32)
     d_values = tl.zeros((BN, D), dtype=tl.float32)
+    # Tiles of rows from ``low`` on see some of the keys, those from ``whole`` on all of them.
+    high = tl.cdiv(sequence, BM)
     if CAUSAL:
-        # Rows from ``first`` on see some of the tile, rows from ``whole`` on all of it.
-        first = tl.maximum(start - before, 0) // BM * BM
-        whole = tl.minimum((tl.maximum(start + BN - 1 - before, 0) + BM - 1) // BM * BM, sequence)
+        before = keys - sequence
+        low = tl.maximum(start - before, 0) // BM
+        whole = tl.minimum(tl.cdiv(tl.maximum(start + BN - 1 - before, 0), BM), high)
     else:
-        first = 0
-        whole = 0
-    at, end = share_of(lists, head, heads, split, splits)
-    for place in range(at, end):
-        pair = tl.load(lists + place)
-        query_head = tl.load(query_of + pair)
-        line = (batch * pairs + pair).to(tl.int64) * sequence
-        if CAUSAL:
-            d_keys, d_values = over_rows(
-                d_keys, d_values, keys_tile, values_tile, q_desc, do_desc, logsumexp + line, delta + line,
-                batch, query_head, pair, column, first, whole, sequence, before, scale,
-                BM, D, True, PRECISION, STAGES,
-            )  # fmt: skip
-        d_keys, d_values = over_rows(
-            d_keys, d_values, keys_tile, values_tile, q_desc, do_desc, logsumexp + line, delta + line,
-            batch, query_head, pair, column, whole, sequence, sequence, before, scale,
-            BM, D, False, PRECISION, STAGES,
-        )  # fmt: skip
+        low = 0
+        whole = tl.where(start + BN > keys, high, 0)
+    first = tl.load(visits + head).to(tl.int32)
+    met = tl.load(visits + head + 1).to(tl.int32) - first
+    at = first + met * split // splits
+    count = first + met * (split + 1) // splits - at
+    visits += heads + 1 + at
+    adding = 0
+    done = 0
+    d_keys, d_values, adding, done = over_rows(
+        d_keys, d_values, adding, done, keys_tile, values_tile, q_desc, do_desc, dq_desc, norms, means,
+        counters, visits, count, tile_of_keys, column, batch, whole, high, pairs, queries, sequence, keys,
+        scale, BM, BN, D, CAUSAL, False, PRECISION, STAGES,
+    )  # fmt: skip
+    d_keys, d_values, adding, done = over_rows(
+        d_keys, d_values, adding, done, keys_tile, values_tile, q_desc, do_desc, dq_desc, norms, means,
+        counters, visits, count, tile_of_keys, column, batch, low, whole, pairs, queries, sequence, keys,
+        scale, BM, BN, D, CAUSAL, True, PRECISION, STAGES,
+    )  # fmt: skip
+    pass_turn(counters + adding, done)
     wide = tl.arange(0, D)
     target = (
         split.to(tl.int64) * out_split
@@ -186,3 +254,28 @@ def keys_gradient_kernel(  # type: ignore[no-untyped-def]
     # ``scale`` has log2(e) in it, for the scores.
     tl.store(d_key + target, (d_keys * (scale / LOG2E)).to(d_key.dtype.element_ty), mask=inside)
     tl.store(d_value + target, d_values.to(d_value.dtype.element_ty), mask=inside)
+
+
+@triton.jit
+def attention_round_kernel(  # type: ignore[no-untyped-def]
+    sums,
+    d_query,
+    sequence,
+    width,
+    scale,
+    out_batch,
+    out_head,
+    out_time,
+    BM: tl.constexpr,
+    D: tl.constexpr,
+):
+    """dQ from its sums ``[B, n_q, tiles, D, BM]``; the grid is (tiles, n_q, batch)."""
+    slot = (tl.program_id(2) * tl.num_programs(1) + tl.program_id(1)) * tl.num_programs(0) + tl.program_id(0)
+    row = tl.arange(0, BM)
+    column = tl.arange(0, D)
+    found = tl.load(sums + slot.to(tl.int64) * (BM * D) + column[:, None] * BM + row[None, :])
+    row += tl.program_id(0) * BM
+    d_query += tl.program_id(2).to(tl.int64) * out_batch + tl.program_id(1).to(tl.int64) * out_head
+    target = row.to(tl.int64)[:, None] * out_time + column[None, :]
+    inside = (row < sequence)[:, None] & (column < width)[None, :]
+    tl.store(d_query + target, (found * (scale / LOG2E)).T.to(d_query.dtype.element_ty), mask=inside)

@@ -4,9 +4,12 @@ from dataclasses import dataclass
 
 import torch
 
+MOST_PAIRS = (1 << 15) - 1  # numbers of pairs and heads are signed 16 bits
 _WIDEST = 128
 _SECTION_BYTES = 24 << 20  # keys and values that blocks at work at the same time read: half of the L2 cache
-_FILLED = 4  # blocks a multiprocessor from which on the longest block matters little
+# Blocks a multiprocessor from which on none waits long for the longest: that of causal attention is twice the
+# mean, and they begin longest first.
+_FILLED = 1.5
 
 
 @dataclass(frozen=True)
@@ -21,21 +24,20 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Config:
-    """Tiles of the forward kernel, of that of the keys' and values' gradients, and of the queries'."""
+    """Tiles of the forward kernel, whose blocks own queries, and of the backward one, whose own keys."""
 
     forward: Tiles
-    keys: Tiles
-    queries: Tiles
+    backward: Tiles
 
 
 # By registers (ptxas for sm_90): at 8 warps a tile [128, 64] of scores takes 32 of a thread's 255, an
 # accumulator [128, D] D/4. Forward at D 64 then takes 112, so that two blocks share a multiprocessor and the
-# exponentials of one run under the products of the other. Keys and values hold two accumulators and two tiles
-# at once: 246.
-_NARROW = Config(Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3), Tiles(128, 64, 8, 3))
-_WIDE = Config(Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 2), Tiles(128, 64, 8, 2))
+# exponentials of one run under the products of the other. Backward holds two accumulators and two tiles at
+# once; three stages, since Triton asks for what comes next at the end of a step.
+_NARROW = Config(Tiles(128, 64, 8, 3), Tiles(128, 128, 8, 3))
+_WIDE = Config(Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 3))
 # fp32 is for comparing runs: products are IEEE fp32 on the plain units, so small tiles and no pipeline.
-_SINGLE = Config(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1))
+_SINGLE = Config(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1))
 
 
 def config_of(dtype: torch.dtype, width: int) -> Config:
@@ -68,4 +70,11 @@ def refusal(dtype: torch.dtype, width: int) -> str | None:
         return f"pairing attention takes bfloat16, float16 and float32 on a GPU, not {dtype}; cast the heads"
     if width > _WIDEST or width % 8:
         return f"pairing attention takes heads of up to {_WIDEST} values, in eights, on a GPU, not {width}"
+    if _older():
+        return "pairing attention adds through TMA, which a GPU has from compute capability 9.0 on"
     return None
+
+
+@torch.compiler.assume_constant_result
+def _older() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0)

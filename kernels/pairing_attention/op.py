@@ -9,7 +9,7 @@ from torch import Tensor
 from flashtrain.errors import UserError
 from flashtrain.kernels.layout import heads_like
 from flashtrain.kernels.pairing_attention import reference
-from flashtrain.kernels.pairing_attention.config import refusal
+from flashtrain.kernels.pairing_attention.config import MOST_PAIRS, refusal
 
 
 def pairing_attention(
@@ -118,6 +118,8 @@ def _check(
         raise UserError(f"heads must share one dtype, not {query.dtype}, {key.dtype} and {value.dtype}")
     if not query.shape[2] or not key.shape[2] or (causal and key.shape[2] < query.shape[2]):
         raise UserError(f"{shapes}: there must be tokens, and causal queries need as many keys")
+    if len(query_of) > MOST_PAIRS:
+        raise UserError(f"{len(query_of)} pairs of heads are too many: at most {MOST_PAIRS}")
     for name, heads, count in (("query", query_of, query.shape[1]), ("KV", key_of, key.shape[1])):
         if len(heads) != len(query_of) or not heads:
             raise UserError(f"{len(query_of)} query heads and {len(key_of)} KV heads make no pairs")

@@ -9,21 +9,28 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from flashtrain.kernels.layout import heads_like
-from flashtrain.kernels.pairing_attention.backward import delta_kernel, keys_gradient_kernel
+from flashtrain.kernels.pairing_attention.backward import (
+    attention_gradient_kernel,
+    attention_prepare_kernel,
+    attention_round_kernel,
+)
 from flashtrain.kernels.pairing_attention.config import Config, config_of, section_of, splits_of
 from flashtrain.kernels.pairing_attention.forward import attention_kernel
-from flashtrain.kernels.pairing_attention.queries import queries_gradient_kernel
 
 _LOG2E = 1.4426950408889634
 
 
 class Maps(NamedTuple):
-    """Heads of each pair, and of each head its pairs (offsets ``[n + 1]``, then pairs); int32."""
+    """Heads of each pair (int32), and of each KV head its pairs, for the backward pass (int64).
+
+    ``visits``: offsets ``[n_kv + 1]``, then a word for each pair by KV head: from the lowest 16 bits on the
+    pair, its query head, which of this head's pairs it is, and of how many. ``idle``: query heads without.
+    """
 
     query_of: Tensor
     key_of: Tensor
-    by_query: Tensor
-    by_key: Tensor
+    visits: Tensor
+    idle: tuple[int, ...]
 
 
 @lru_cache(maxsize=64)
@@ -31,16 +38,17 @@ def maps_of(
     n_q: int, n_kv: int, query_of: tuple[int, ...], key_of: tuple[int, ...], device: torch.device
 ) -> Maps:
     """The maps of these pairs of ``n_q`` query heads and ``n_kv`` KV heads on ``device``."""
-
-    def lists(heads: tuple[int, ...], count: int) -> list[int]:
-        found = [[pair for pair, own in enumerate(heads) if own == head] for head in range(count)]
-        offsets = [0]
-        for pairs in found:
-            offsets.append(offsets[-1] + len(pairs))
-        return offsets + [pair for pairs in found for pair in pairs]
-
-    lines = (list(query_of), list(key_of), lists(query_of, n_q), lists(key_of, n_kv))
-    return Maps(*(torch.tensor(line, dtype=torch.int32, device=device) for line in lines))
+    by_key = sorted(range(len(key_of)), key=lambda pair: (key_of[pair], pair))
+    offsets = [sum(head < own for head in key_of) for own in range(n_kv + 1)]
+    words, seen = [], [0] * n_q
+    for pair in by_key:
+        head = query_of[pair]
+        words.append(pair | head << 16 | seen[head] << 32 | query_of.count(head) << 48)
+        seen[head] += 1
+    # One word more, which a KV head without pairs reads.
+    visits = torch.tensor([*offsets, *words, 0], dtype=torch.int64, device=device)
+    queries, keys = (torch.tensor(line, dtype=torch.int32, device=device) for line in (query_of, key_of))
+    return Maps(queries, keys, visits, tuple(head for head in range(n_q) if not seen[head]))
 
 
 def forward(
@@ -100,89 +108,108 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
     sizes = _Sizes(query, key, query_of, key_of, causal)
-    chosen = config or config_of(query.dtype, query.shape[3])
+    tiles = (config or config_of(query.dtype, query.shape[3])).backward
+    rows, depth = tiles.columns, sizes.constants["D"]
     if d_out.stride(3) != 1:
         d_out = d_out.contiguous()
-    delta = torch.empty_like(logsumexp)
-    rows = chosen.forward.rows
-    delta_kernel[(triton.cdiv(sizes.sequence, rows), sizes.pairs, sizes.batch)](
+    heads, number = query.shape[1], triton.cdiv(sizes.sequence, rows)
+    memory: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
+    norms, means = torch.empty(2, sizes.batch, sizes.pairs, number * rows, **memory)
+    sums = torch.empty(sizes.batch * heads * number * depth, rows, **memory)
+    counters = torch.empty(1 + sizes.batch * heads * number, dtype=torch.int32, device=query.device)
+    attention_prepare_kernel[(number, sizes.pairs, sizes.batch)](
         d_out,
         out,
         None if d_logsumexp is None else d_logsumexp.contiguous(),
-        delta,
+        logsumexp,
+        norms,
+        means,
+        sums,
+        counters,
+        sizes.maps.visits,
         sizes.sequence,
         sizes.width,
+        sizes.scale,
         sizes.pairs,
+        heads,
+        key.shape[1],
         *d_out.stride()[:3],
         *out.stride()[:3],
         BM=rows,
-        D=sizes.constants["D"],
+        D=depth,
         HAS_SLOPE=d_logsumexp is not None,
         num_warps=4,
     )
-    tiles = chosen.keys
-    walk = sizes.walk(key, key_of, tiles.rows)
-    d_key, d_value = (walk.outputs(x) for x in (key, value))
-    keys_gradient_kernel[walk.grid](
-        sizes.described(query, tiles.columns),
+    parts = _Parts.of(sizes, key, key_of, tiles.rows)
+    d_key, d_value = (parts.memory(x) for x in (key, value))
+    attention_gradient_kernel[(parts.blocks * triton.cdiv(sizes.keys, tiles.rows),)](
+        sizes.described(query, rows),
         sizes.described(key, tiles.rows),
         sizes.described(value, tiles.rows),
-        sizes.described(d_out, tiles.columns),
-        logsumexp,
-        delta,
+        sizes.described(d_out, rows),
+        TensorDescriptor(sums, list(sums.shape), list(sums.stride()), [depth, rows]),
+        norms,
+        means,
         d_key,
         d_value,
-        sizes.maps.query_of,
-        sizes.maps.by_key,
-        *sizes.scalars(walk, d_key),
-        BM=tiles.columns,
+        counters,
+        sizes.maps.visits,
+        sizes.pairs,
+        heads,
+        key.shape[1],
+        parts.splits,
+        parts.blocks,
+        sizes.sequence,
+        sizes.keys,
+        sizes.width,
+        sizes.scale,
+        *d_key.stride()[:4],
+        BM=rows,
         BN=tiles.rows,
         STAGES=tiles.stages,
         num_warps=tiles.warps,
         **sizes.constants,
     )
-    d_key, d_value = walk.added(d_key, key), walk.added(d_value, value)
-    tiles = chosen.queries
-    walk = sizes.walk(query, query_of, tiles.rows)
-    d_query = walk.outputs(query)
-    queries_gradient_kernel[walk.grid](
-        sizes.described(query, tiles.rows),
-        sizes.described(key, tiles.columns),
-        sizes.described(value, tiles.columns),
-        sizes.described(d_out, tiles.rows),
-        logsumexp,
-        delta,
+    d_query = heads_like(query, heads)
+    attention_round_kernel[(number, heads, sizes.batch)](
+        sums,
         d_query,
-        sizes.maps.key_of,
-        sizes.maps.by_query,
-        *sizes.scalars(walk, d_query),
-        BM=tiles.rows,
-        BN=tiles.columns,
-        STAGES=tiles.stages,
-        num_warps=tiles.warps,
-        **sizes.constants,
+        sizes.sequence,
+        sizes.width,
+        sizes.scale,
+        *d_query.stride()[:3],
+        BM=rows,
+        D=depth,
+        num_warps=4,
     )
-    return walk.added(d_query, query), d_key, d_value
+    if sizes.maps.idle:
+        d_query[:, sizes.maps.idle] = 0
+    return d_query, parts.added(d_key, key), parts.added(d_value, value)
 
 
-class _Walk(NamedTuple):
-    """How blocks share out the heads of one side of the pairs, and the sum over the pairs of each."""
+class _Parts(NamedTuple):
+    """Into how many blocks the sum over the pairs of a KV head is cut, and how many share a tile of keys."""
 
-    grid: tuple[int, int, int]
-    heads: int
-    section: int
     splits: int
+    blocks: int
 
-    def outputs(self, x: Tensor) -> Tensor:
+    @classmethod
+    def of(cls, sizes: "_Sizes", key: Tensor, key_of: tuple[int, ...], rows: int) -> "_Parts":
+        heads = sizes.batch * key.shape[1]
+        most = max(map(key_of.count, set(key_of)))
+        splits = splits_of(heads * triton.cdiv(sizes.keys, rows), most, _processors(key.device))
+        return cls(splits, heads * splits)
+
+    def memory(self, x: Tensor) -> Tensor:
         """Memory for a gradient, ``[splits, B, heads, tokens, D]``: fp32 where parts are to be added."""
-        if self.splits == 1:
-            return heads_like(x, self.heads).unsqueeze(0)
         batch, heads, tokens, width = x.shape
+        if self.splits == 1:
+            return heads_like(x, heads).unsqueeze(0)
         parts = torch.empty(self.splits, tokens, batch, heads, width, dtype=torch.float32, device=x.device)
         return parts.permute(0, 2, 3, 1, 4)
 
     def added(self, parts: Tensor, x: Tensor) -> Tensor:
-        """The gradient of ``x``, from what ``outputs`` holds."""
+        """The gradient of ``x``, from what ``memory`` holds."""
         return parts[0] if self.splits == 1 else parts.sum(0).to(x.dtype)
 
 
@@ -205,20 +232,6 @@ class _Sizes:
 
     def section(self, heads: int) -> int:
         return section_of(heads, self.keys, self.width, self.itemsize)
-
-    def walk(self, x: Tensor, heads_of: tuple[int, ...], rows: int) -> _Walk:
-        """Blocks of ``rows`` tokens of each head of ``x``, which is in the pairs as ``heads_of`` says."""
-        heads = x.shape[1]
-        tiles = triton.cdiv(x.shape[2], rows)
-        most = max(heads_of.count(head) for head in range(heads))
-        splits = splits_of(self.batch * heads * tiles, most, _processors(x.device))
-        section = self.section(heads)
-        return _Walk((section, tiles * splits, self.batch * (heads // section)), heads, section, splits)
-
-    def scalars(self, walk: _Walk, out: Tensor) -> tuple[Any, ...]:
-        """The arguments after the pointers of both backward kernels."""
-        sizes = self.sequence, self.keys, self.width, self.scale
-        return self.pairs, walk.heads, walk.section, walk.splits, *sizes, *out.stride()[:4]
 
     def described(self, x: Tensor, rows: int) -> TensorDescriptor:
         """``x [B, n, tokens, D]`` for TMA, ``rows`` of one head at a time."""

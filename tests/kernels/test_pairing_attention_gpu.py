@@ -87,8 +87,28 @@ def test_new_tokens_after_earlier_ones(new: int, every: int, poisoned_memory: No
     compare("0:1 2:0 1:1 0:0", 4, 64, new, every, torch.bfloat16, True)
 
 
-def test_errors_do_not_grow_with_the_sequence() -> None:
-    compare("gqkva-2.1", 2, 64, 8192, 8192, torch.bfloat16, True)
+@pytest.mark.parametrize("width", [64, 128])
+def test_errors_do_not_grow_with_the_sequence(width: int) -> None:
+    compare("gqkva-2.1", 2, width, 8192, 8192, torch.bfloat16, True)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("name", ["gqkva-8.4", "gqa-8"])
+def test_bits_do_not_depend_on_who_else_is_at_work(name: str, width: int) -> None:
+    """More blocks than fit, beside products on another stream that take multiprocessors from them."""
+    pairing = Pairing.named(name, 32)
+    maps = list(pairing.query_of), list(pairing.key_of)
+    given = inputs(pairing, width, 4096, 4096, torch.bfloat16)
+    slope = torch.randn(2, 32, 4096, width, device="cuda").bfloat16()
+    out, logsumexp = op.pairing_kernels(*given, *maps, True)
+    wanted = op.pairing_backward_kernels(slope, None, out, logsumexp, *given, *maps, True)
+    other, beside = torch.cuda.Stream(), torch.randn(2048, 2048, device="cuda").bfloat16()
+    for _ in range(20):
+        with torch.cuda.stream(other):
+            for _ in range(20):
+                beside @ beside
+        found = op.pairing_backward_kernels(slope, None, out, logsumexp, *given, *maps, True)
+        assert all(map(torch.equal, found, wanted))
 
 
 def test_a_gradient_that_is_an_expanded_view_is_taken(poisoned_memory: None) -> None:

@@ -36,7 +36,7 @@ from flashtrain.metrics.step_time import (
         ("void at::native::vectorized_elementwise_kernel<4, silu_kernel>", POINTWISE),
         ("forward_kernel", POINTWISE),
         ("void at::native::vectorized_gather_kernel<16, long>", POINTWISE),
-        ("queries_gradient_kernel", ATTENTION),
+        ("attention_gradient_kernel", ATTENTION),
         ("update_kernel", OPTIMIZER),
         ("Memset (Device)", POINTWISE),
     ],

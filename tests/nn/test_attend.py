@@ -11,6 +11,7 @@ from torch.nn.functional import cross_entropy
 from flashtrain.errors import UserError
 from flashtrain.models.decoder import Decoder
 from flashtrain.nn import attend as attention
+from flashtrain.nn import attention_kernels as kernels
 from flashtrain.nn.attend import Documents, Heads, Settings, attend
 
 BOUNDARY = 0
@@ -99,7 +100,7 @@ def test_the_cpu_refuses_what_it_has_not(backend: str) -> None:
     ("name", "kind", "documents", "deterministic", "says"),
     [
         ("cudnn", torch.bfloat16, False, False, None),
-        ("cudnn", torch.bfloat16, False, True, "its backward pass is not deterministic"),
+        ("cudnn", torch.bfloat16, False, True, None),
         ("cudnn", torch.bfloat16, True, False, "it knows no documents"),
         ("cudnn", torch.float32, False, False, "it takes no float32"),
         ("flash", torch.bfloat16, True, True, None),
@@ -119,6 +120,17 @@ def test_what_each_backend_takes(
     assert reason is None if says is None else says in str(reason)
 
 
+def test_the_log_sum_exp_of_cudnn_is_read_in_both_shapes_and_no_other() -> None:
+    query = torch.empty(2, 3, 4, 8)
+    sums = torch.randn(2, 3, 4)
+    for given in (sums, sums.unsqueeze(-1), sums.transpose(0, 2).contiguous().transpose(0, 2)):
+        assert torch.equal(kernels.log_sums(given, query), sums)
+        assert kernels.log_sums(given, query).is_contiguous()
+    for other in (sums.double(), sums.transpose(1, 2), sums.unsqueeze(1)):
+        with pytest.raises(UserError, match="to triton or flash"):
+            kernels.log_sums(other, query)
+
+
 def test_odd_heads_and_fp64_go_to_math_and_fp32_never_to_half_kernels() -> None:
     odd = Heads(*(torch.empty(1, 2, 4, 12, device="meta", dtype=torch.bfloat16) for _ in range(3)))
     assert attention.candidates(odd, False, True) == ["math"]
@@ -132,7 +144,7 @@ def test_the_order_of_preference(monkeypatch: pytest.MonkeyPatch) -> None:
     half = heads(1, 8, dtype=torch.bfloat16, device="meta")
     monkeypatch.setattr(attention.kernels, "package", lambda: None)
     assert attention.candidates(half, False, False) == ["cudnn", "flash", "triton", "efficient"]
-    assert attention.candidates(half, False, True) == ["flash", "triton", "efficient"]
+    assert attention.candidates(half, False, True) == ["cudnn", "flash", "triton", "efficient"]
     assert attention.candidates(half, True, True) == ["flash"]
 
 
@@ -143,6 +155,16 @@ def test_the_kernels_of_pairs_are_grouped_queries() -> None:
     torch.testing.assert_close(found, wanted)
     for mine, other in zip(*(torch.autograd.grad(o, given, upstream) for o in (found, wanted)), strict=True):
         torch.testing.assert_close(mine, other)
+
+
+def test_cudnn_has_gradients_in_a_fixed_order_on_meta() -> None:
+    given = heads(2, 24, dtype=torch.bfloat16, device="meta")
+    out = attention.run("cudnn", given, None, True)
+    assert out.shape == given.query.shape
+    assert out.grad_fn is not None
+    assert out.grad_fn.name() == "_CudnnBackward"
+    for gradient, part in zip(torch.autograd.grad(out, given, out.detach()), given, strict=True):
+        assert gradient.shape == part.shape
 
 
 @pytest.mark.parametrize("packed", [False, True])
