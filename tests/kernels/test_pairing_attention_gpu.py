@@ -11,7 +11,7 @@ from torch import Tensor
 from flashtrain.kernels.pairing_attention import op, reference
 from flashtrain.models.decoder import Decoder
 from flashtrain.nn.attend import Heads
-from flashtrain.nn.paired import attend_pairs
+from flashtrain.nn.paired_attention import Method, attend_pairs
 from flashtrain.nn.pairing import Pairing
 
 pytestmark = [
@@ -103,12 +103,53 @@ def test_a_gradient_that_is_an_expanded_view_is_taken(poisoned_memory: None) -> 
     assert error(found[2], true[2]) < BOUNDS[torch.bfloat16]
 
 
-def test_both_methods_agree() -> None:
+def mixed(pairing: Pairing, causal: bool, given: list[Tensor], slope: Tensor) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in given]
+    out = attend_pairs(Heads(*leaves), pairing, causal, "mixed")
+    return [out.detach(), *torch.autograd.grad(out, leaves, slope)]
+
+
+@pytest.mark.parametrize(("tokens", "causal"), [(777, True), (1024, True), (197, False)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [64, 80, 128])
+@pytest.mark.parametrize("name", ["gqkva-4.2", "mkva", "mqa", "gkva-4", "0:1 2:0 1:1 0:0"])
+def test_gradients_by_cudnn_of_what_the_kernel_gave_equal_fp64(
+    name: str, width: int, dtype: torch.dtype, tokens: int, causal: bool, poisoned_memory: None
+) -> None:
+    pairing = Pairing.named(name, len(name.split()) if ":" in name else 8)
+    given = inputs(pairing, width, tokens, tokens, dtype)
+    maps = list(pairing.query_of), list(pairing.key_of)
+    # As the projection behind attention gives it, and with heads first.
+    by_token = torch.randn(tokens, 2, pairing.heads, width, device="cuda").to(dtype).permute(1, 2, 0, 3)
+    for slope in (by_token, by_token.contiguous()):
+        leaves = [x.double().requires_grad_() for x in given]
+        out = reference.pairing_attention(*leaves, *maps, causal)[0]
+        true = [out.detach(), *torch.autograd.grad(out, leaves, slope.double())]
+        found = mixed(pairing, causal, given, slope)
+        for label, one, other in zip(("out", "dq", "dk", "dv"), found, true, strict=True):
+            assert error(one, other) < BOUNDS[dtype], label
+
+
+def test_copies_for_cudnn_live_in_the_backward_pass_alone() -> None:
+    pairing = Pairing.named("gqkva-2.4", 8)
+    given = [x.requires_grad_() for x in inputs(pairing, 64, 4096, 4096, torch.bfloat16)]
+    out = attend_pairs(Heads(*given), pairing, True, "mixed")  # compiles, and fills torch's caches
+    del out
+    before = torch.cuda.memory_allocated()
+    out = attend_pairs(Heads(*given), pairing, True, "mixed")
+    kept = torch.cuda.memory_allocated() - before
+    assert kept <= out.nbytes + 4 * out.numel() // 64 + 4096  # and a log-sum-exp each
+
+
+def test_methods_agree() -> None:
     pairing = Pairing.named("gqkva-4.2", 8)
     heads = Heads(*inputs(pairing, 64, 500, 500, torch.bfloat16))
+    methods: tuple[Method, ...] = ("kernel", "expand", "mixed")
     for causal in (True, False):
-        ours, stock = (attend_pairs(heads, pairing, causal, method) for method in ("kernel", "expand"))
-        assert error(ours, stock.double()) < BOUNDS[torch.bfloat16]
+        ours, *others = (attend_pairs(heads, pairing, causal, method) for method in methods)
+        for other in others:
+            assert error(ours, other.double()) < BOUNDS[torch.bfloat16]
+            assert other.permute(2, 0, 1, 3).is_contiguous()
 
 
 @pytest.mark.parametrize("pairing", ["gqkva-4.2", "mkva"])
@@ -133,11 +174,12 @@ def test_a_decoder_equals_itself_on_the_cpu(pairing: str) -> None:
         assert error(torch.cat(rest), logits.double()) < 1e-4
 
 
-def test_compiled_it_is_the_same() -> None:
+@pytest.mark.parametrize("method", ["kernel", "mixed"])
+def test_compiled_it_is_the_same(method: Method) -> None:
     pairing = Pairing.named("gqkva-4.2", 8)
-    given = inputs(pairing, 64, 256, 256, torch.bfloat16)
+    given = [x.requires_grad_() for x in inputs(pairing, 64, 256, 256, torch.bfloat16)]
 
     def function(*heads: Tensor) -> Tensor:
-        return attend_pairs(Heads(*heads), pairing)
+        return attend_pairs(Heads(*heads), pairing, True, method)
 
     assert torch.equal(torch.compile(function, fullgraph=True)(*given), function(*given))
