@@ -4,15 +4,22 @@ Triton 3.4 to 3.7.0 miscompiles some products on Hopper (flash-linear-attention#
 compared for every dtype: an error of a thousandth is a rounding, one of a tenth is not.
 """
 
+from collections import Counter
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashtrain.kernels.pairing_attention import op, reference
 from flashtrain.models.decoder import Decoder
-from flashtrain.nn.attend import Heads
+from flashtrain.nn.attend import Heads, Settings
+from flashtrain.nn.attention import Attention
 from flashtrain.nn.paired_attention import Method, attend_pairs
 from flashtrain.nn.pairing import Pairing
+from flashtrain.nn.rotary import rotary_table
 
 pytestmark = [
     pytest.mark.gpu,
@@ -150,6 +157,44 @@ def test_methods_agree() -> None:
         for other in others:
             assert error(ours, other.double()) < BOUNDS[torch.bfloat16]
             assert other.permute(2, 0, 1, 3).is_contiguous()
+
+
+class _Passes(TorchDispatchMode):
+    """Operators that move activations ``[..., D]`` or weights, besides products, rotation and attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().partition(".")[0].removeprefix("aten::")
+        if name in ("cat", "clone", "copy_", "_to_copy", "stack", "sum", "index", "add", "zeros"):
+            self.ran[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("method", "passes"),
+    # The weights become one; queries are copied, and their gradients summed.
+    [
+        ("kernel", {"cat": 1}),
+        ("expand", {"cat": 1, "clone": 1, "sum": 1}),
+        ("mixed", {"cat": 1, "clone": 1, "sum": 1}),
+    ],
+)
+def test_a_layer_makes_no_pass_over_memory_but_these(
+    method: Method, passes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_method = partial(attend_pairs, method=method)
+    monkeypatch.setattr("flashtrain.nn.attention.attend_pairs", by_method)
+    monkeypatch.setattr("flashtrain.nn.attend._settings", Settings(deterministic=False))
+    layer = Attention(512, 8, 8, 64, pairing=Pairing.named("gqkva-4.2", 8)).cuda().bfloat16()
+    table = rotary_table(256, 64, 10_000.0, torch.device("cuda"))
+    x = torch.randn(256, 2, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    slope = torch.randn_like(x)
+    with _Passes() as found:
+        torch.autograd.grad(layer(x, table), [x, *layer.parameters()], slope)
+    assert found.ran == passes
 
 
 @pytest.mark.parametrize("pairing", ["gqkva-4.2", "mkva"])
