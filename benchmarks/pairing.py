@@ -6,9 +6,10 @@
 ``errors``: outputs and gradients against fp64, ‖found - true‖ / ‖true‖, and the same bits twice. ``op``:
 the attention alone, causal, bf16, by each method of ``attend_pairs`` (kernel: ours, gradients in a fixed
 order; expand: copies and cuDNN; mixed: our forward and cuDNN's backward pass over copies) and by torch's
-kernels on heads that lie there copied ("given", what multi-head attention takes); TFLOP/s count 2 products
-forward and 5 backward, the causal half; medians of CUDA events, A B C A B C. ``copies`` are the milliseconds
-of the queries' copies and of their gradients' sum. ``--grid`` adds each kernel in each candidate
+kernels on heads that lie there copied ("given", what multi-head attention takes; "given queries": as many KV
+heads as there are); TFLOP/s count 2 products forward and 5 backward, the causal half; medians of CUDA events,
+A B C A B C. ``copies`` and ``sums`` are the milliseconds of the queries' copies and of their gradients' sum.
+``--grid`` adds each kernel in each candidate
 configuration. ``step``: forward, backward and AdamW with fp32 masters of LLaMA-1B (22 layers, hidden 2048, 32
 heads of 64, MLP 5632, vocabulary 32000) on random tokens, 4096 a sequence, one model at a time in three
 interleaved rounds: tokens per second of each pairing and method over multi-head attention's. ``predicted`` is
@@ -44,6 +45,7 @@ from flashtrain.models.decoder import Decoder
 from flashtrain.nn import attend as attend_settings
 from flashtrain.nn import attention as attention_module
 from flashtrain.nn.attend import Heads
+from flashtrain.nn.attention_kernels import cudnn
 from flashtrain.nn.copied_heads import copied, summed
 from flashtrain.nn.paired_attention import Method, attend_pairs
 from flashtrain.nn.pairing import Pairing
@@ -124,6 +126,8 @@ def op_calls(pairing: Pairing, given: list[Tensor], slope: Tensor) -> dict[str, 
     }
     for name, backend in BACKENDS.items():
         ways[f"{name} given"] = partial(stock, backend), copies
+    if pairing.groups_keys:
+        ways["cudnn given queries"] = cudnn, [copies[0], *given[1:]]
 
     def forward(way: Callable[..., Tensor], inputs: list[Tensor]) -> None:
         with torch.no_grad():
