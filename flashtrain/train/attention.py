@@ -63,9 +63,9 @@ def prepare(
         return
     given = shape._replace(heads_=pairing.n_q, kv_heads=pairing.n_kv).heads(device, dtype)
     methods = methods_of(settings.backend, given)
-    listed = " ".join(f"{i}:{j}" for i, j in pairing.pairs)
+    share = f"{model.pairing} {model.pair_order} over {degrees.tensor}"
     method = _fastest(
-        f"pairs {listed} {shape} {train.dtype} {settings.backend}",
+        f"pairs {share} {shape} {train.dtype} {settings.backend}",
         methods,
         lambda name: _backward(given, lambda: attend_pairs(given, pairing, method=cast(Method, name))),
         device,
