@@ -1,15 +1,20 @@
 """Is attention over pairs of heads right and fast on this GPU, and what does a training step gain?
 
-    python benchmarks/pairing.py [--parts errors op step] [--layers 22] [--batch 2] [--grid] [--out FOLDER]
+    python benchmarks/pairing.py [--parts errors op step] [--pairings gqkva-8.4 ...] [--layers 22] [--batch 2]
+        [--grid] [--out FOLDER]
 
 ``errors``: outputs and gradients against fp64, ‖found - true‖ / ‖true‖, and the same bits twice. ``op``:
-the attention alone, causal, bf16, our kernels against torch's, on heads that lie there copied ("given") and
-with the copies that they need ("copied"); TFLOP/s count 2 products forward and 5 backward, the causal half;
-medians of CUDA events, A B C A B C. ``--grid`` adds each kernel in each candidate configuration. ``step``:
-forward, backward and AdamW with fp32 masters of LLaMA-1B (22 layers, hidden 2048, 32 heads of 64, MLP 5632,
-vocabulary 32000) on random tokens, 4096 a sequence, one model at a time in three interleaved rounds: tokens
-per second of each pairing over multi-head attention's. ``predicted`` is the time model: products at 650,
-attention at 600 forward and 440 backward TFLOP/s, nothing else. Writes ``pairing.json`` after each part.
+the attention alone, causal, bf16, by each method of ``attend_pairs`` (kernel: ours, gradients in a fixed
+order; expand: copies and cuDNN; mixed: our forward and cuDNN's backward pass over copies) and by torch's
+kernels on heads that lie there copied ("given", what multi-head attention takes; "given queries": as many KV
+heads as there are); TFLOP/s count 2 products forward and 5 backward, the causal half; medians of CUDA events,
+A B C A B C. ``copies`` and ``sums`` are the milliseconds of the queries' copies and of their gradients' sum.
+``--grid`` adds each kernel in each candidate
+configuration. ``step``: forward, backward and AdamW with fp32 masters of LLaMA-1B (22 layers, hidden 2048, 32
+heads of 64, MLP 5632, vocabulary 32000) on random tokens, 4096 a sequence, one model at a time in three
+interleaved rounds: tokens per second of each pairing and method over multi-head attention's. ``predicted`` is
+the time model: products at 650, attention at 600 forward and 440 backward TFLOP/s, nothing else. Writes
+``pairing.json`` after each part.
 """
 
 import argparse
@@ -36,11 +41,13 @@ from torch.nn.functional import scaled_dot_product_attention
 from flashtrain.kernels.pairing_attention import reference
 from flashtrain.kernels.pairing_attention import triton as kernels
 from flashtrain.kernels.pairing_attention.config import Config, Tiles, config_of
-from flashtrain.kernels.pairing_attention.op import pairing_attention
 from flashtrain.models.decoder import Decoder
 from flashtrain.nn import attend as attend_settings
 from flashtrain.nn import attention as attention_module
-from flashtrain.nn.paired import _copied, attend_pairs
+from flashtrain.nn.attend import Heads
+from flashtrain.nn.attention_kernels import cudnn
+from flashtrain.nn.copied_heads import copied, summed
+from flashtrain.nn.paired_attention import Method, attend_pairs
 from flashtrain.nn.pairing import Pairing
 from flashtrain.parallel import mesh
 from flashtrain.train.optimizer import AdamW
@@ -50,20 +57,22 @@ SHAPES = (
     (32, 64, "gqkva-8.4", 4, 4096),
     (32, 64, "gqkva-16.2", 4, 4096),
     (32, 64, "gkva-8", 4, 4096),
-    (32, 64, "mqa", 4, 4096),
+    (32, 64, "gqkva-8.4", 1, 16384),
     (16, 128, "gqkva-4.4", 4, 4096),
     (16, 128, "gqkva-4.4", 1, 16384),
 )
 MODEL = Decoder.Config(vocabulary=32000, hidden=2048, layers=22, heads=32, kv_heads=32, mlp_width=5632)
-# Variants of the step: pairing, and how attention runs. Multi-head is the decoder without a pairing.
-STEPS: dict[str, tuple[str | None, str | None]] = {
+# Variants of the step: pairing and method. Multi-head is the decoder without a pairing.
+STEPS: dict[str, tuple[str | None, Method | None]] = {
     "mha": (None, None),
-    "gqkva-8.4": ("gqkva-8.4", "kernel"),
-    "gqkva-8.4 copied": ("gqkva-8.4", "expand"),
+    "gqkva-8.4 kernel": ("gqkva-8.4", "kernel"),
+    "gqkva-8.4 expand": ("gqkva-8.4", "expand"),
+    "gqkva-8.4 mixed": ("gqkva-8.4", "mixed"),
     "mqa": ("mqa", None),
-    "gkva-8": ("gkva-8", "kernel"),
-    "gqkva-16.2": ("gqkva-16.2", "kernel"),
-    "gqkva-16.2 copied": ("gqkva-16.2", "expand"),
+    "gkva-8 expand": ("gkva-8", "expand"),
+    "gkva-8 mixed": ("gkva-8", "mixed"),
+    "gqkva-16.2 expand": ("gqkva-16.2", "expand"),
+    "gqkva-16.2 mixed": ("gqkva-16.2", "mixed"),
 }
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
@@ -71,11 +80,10 @@ BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTEN
 def heads_of(
     pairing: Pairing, width: int, batch: int, sequence: int, dtype: torch.dtype = torch.bfloat16
 ) -> list[Tensor]:
-    """Query, key and value as a layer has them: the first two by head, values as a view of a projection."""
-    shape = (batch, pairing.n_q, sequence, width), (batch, pairing.n_kv, sequence, width)
-    packed = torch.randn(sequence, batch, 2 * pairing.n_kv, width, device="cuda").to(dtype)
-    given = [torch.randn(*one, device="cuda").to(dtype) for one in shape]
-    return [*given, packed[:, :, pairing.n_kv :].permute(1, 2, 0, 3)]
+    """Query, key and value as a layer has them behind the rotation: dense, with the sequence first."""
+    counts = pairing.n_q, pairing.n_kv, pairing.n_kv
+    dense = [torch.randn(sequence, batch, n, width, device="cuda").to(dtype) for n in counts]
+    return [x.permute(1, 2, 0, 3) for x in dense]
 
 
 def errors(
@@ -102,25 +110,24 @@ def errors(
 
 def op_calls(pairing: Pairing, given: list[Tensor], slope: Tensor) -> dict[str, Callable[[], Any]]:
     """Forward, and forward with backward, of every way to compute these pairs."""
-    copied = [
-        _copied(x, wanted).contiguous().detach().requires_grad_()
-        for x, wanted in zip(given, (pairing.query_of, pairing.key_of, pairing.key_of), strict=True)
-    ]
+    wanted = pairing.query_of, pairing.key_of, pairing.key_of
+    copies = [copied(x.detach(), own).requires_grad_() for x, own in zip(given, wanted, strict=True)]
 
-    def ours(query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        return pairing_attention(query, key, value, pairing.query_of, pairing.key_of)[0]
+    def by(method: Method, *heads: Tensor) -> Tensor:
+        return attend_pairs(Heads(*heads), pairing, True, method)
 
-    def stock(backend: SDPBackend, copies: bool, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
-        if copies:
-            query = _copied(query, pairing.query_of)
-            key, value = (_copied(x, pairing.key_of) for x in (key, value))
+    def stock(backend: SDPBackend, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         with sdpa_kernel(backend):
             return scaled_dot_product_attention(query, key, value, is_causal=True)
 
-    ways: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {"ours": (ours, given)}
+    methods: tuple[Method, ...] = ("kernel", "expand", "mixed")
+    ways: dict[str, tuple[Callable[..., Tensor], list[Tensor]]] = {
+        method: (partial(by, method), given) for method in methods
+    }
     for name, backend in BACKENDS.items():
-        ways[f"{name} given"] = partial(stock, backend, False), copied
-        ways[f"{name} copied"] = partial(stock, backend, True), given
+        ways[f"{name} given"] = partial(stock, backend), copies
+    if pairing.groups_keys:
+        ways["cudnn given queries"] = cudnn, [copies[0], *given[1:]]
 
     def forward(way: Callable[..., Tensor], inputs: list[Tensor]) -> None:
         with torch.no_grad():
@@ -138,6 +145,9 @@ def op_calls(pairing: Pairing, given: list[Tensor], slope: Tensor) -> dict[str, 
             continue
         calls[f"{name} forward"] = partial(forward, way, inputs)
         calls[f"{name} both"] = partial(both, way, inputs)
+    query = given[0].detach()
+    calls["copies"] = partial(copied, query, pairing.query_of)
+    calls["sums"] = partial(summed, slope, pairing.query_of, pairing.n_q)
     return calls
 
 
@@ -216,7 +226,9 @@ def predicted_ns(config: Decoder.Config, sequence: int) -> float:
     return 6e9 * weights / 650e12 + 1e9 * meeting / 600e12 + 2.5e9 * meeting / 440e12
 
 
-def step_seconds(config: Decoder.Config, method: str | None, batch: int, steps: int) -> tuple[float, float]:
+def step_seconds(
+    config: Decoder.Config, method: Method | None, batch: int, steps: int
+) -> tuple[float, float]:
     """Median seconds of a step of a fresh model, and GiB at the peak."""
     attention_module.attend_pairs = partial(attend_pairs, method=method)  # type: ignore[assignment]
     torch.manual_seed(0)
@@ -238,16 +250,19 @@ def step_seconds(config: Decoder.Config, method: str | None, batch: int, steps: 
     return statistics.median(times[2:]), torch.cuda.max_memory_allocated() / 2**30
 
 
-def step_rows(layers: int, batch: int, rounds: int, steps: int, end: float) -> dict[str, Any]:
+def step_rows(
+    pairings: list[str], layers: int, batch: int, rounds: int, steps: int, end: float
+) -> dict[str, Any]:
     """Tokens per second of each variant, and ratios to multi-head attention in the same round."""
-    seconds: dict[str, list[float]] = {name: [] for name in STEPS}
+    variants = {name: one for name, one in STEPS.items() if one[0] is None or one[0] in pairings}
+    seconds: dict[str, list[float]] = {name: [] for name in variants}
     peaks: dict[str, float] = {}
-    configs = {name: replace(MODEL, layers=layers, pairing=pairing) for name, (pairing, _) in STEPS.items()}
+    configs = {name: replace(MODEL, layers=layers, pairing=own) for name, (own, _) in variants.items()}
     for number in range(rounds):
         if time.monotonic() > end:
             print("out of time", flush=True)
             break
-        for name, (_, method) in STEPS.items():
+        for name, (_, method) in variants.items():
             took, peaks[name] = step_seconds(configs[name], method, batch, steps)
             gc.collect()
             torch.cuda.empty_cache()
@@ -280,6 +295,8 @@ def main() -> None:
     parser.add_argument(
         "--grid", action="store_true", help="time each kernel in each candidate configuration"
     )
+    known = list(dict.fromkeys(pairing for pairing, _ in STEPS.values() if pairing))
+    parser.add_argument("--pairings", nargs="+", default=known, choices=known, help="of the step")
     parser.add_argument("--layers", type=int, default=22, help="of the model of the step")
     parser.add_argument("--batch", type=int, default=2, help="sequences of a micro-batch of the step")
     parser.add_argument("--rounds", type=int, default=3)
@@ -328,7 +345,12 @@ def main() -> None:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
         report["step"] = {"layers": arguments.layers, "batch": arguments.batch, "sequence": 4096}
         report["step"]["variants"] = step_rows(
-            arguments.layers, arguments.batch, arguments.rounds, arguments.steps, end
+            arguments.pairings,
+            arguments.layers,
+            arguments.batch,
+            arguments.rounds,
+            arguments.steps,
+            end,
         )
         for name, found in report["step"]["variants"].items():
             keep(

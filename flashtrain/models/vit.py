@@ -8,7 +8,8 @@ from torch.nn.functional import cross_entropy, gelu
 
 from flashtrain.errors import UserError
 from flashtrain.nn.attend import Heads
-from flashtrain.nn.paired import PairedProjection, attend_pairs
+from flashtrain.nn.paired import PairedProjection
+from flashtrain.nn.paired_attention import attend_pairs
 from flashtrain.nn.pairing import Order, Pairing
 
 

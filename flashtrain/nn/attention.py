@@ -8,7 +8,8 @@ from torch import Tensor, nn
 from flashtrain.errors import UserError
 from flashtrain.kernels.rotary.op import rotary_qkv
 from flashtrain.nn.attend import Documents, Heads, attend
-from flashtrain.nn.paired import GroupedProjection, PairedProjection, attend_pairs
+from flashtrain.nn.paired import GroupedProjection, PairedProjection
+from flashtrain.nn.paired_attention import attend_pairs
 from flashtrain.nn.pairing import Pairing
 
 

@@ -23,10 +23,21 @@ import torch
 from torch import Tensor
 
 from flashtrain.errors import UserError
+from flashtrain.kernels.pairing_attention import reference
 from flashtrain.kernels.pairing_attention.config import refusal
 from flashtrain.kernels.pairing_attention.op import pairing_attention, pairing_backward_kernels
 
-__all__ = ["WIDEST", "cudnn", "efficient", "flash", "flash_package", "package", "refusal", "triton"]
+__all__ = [
+    "WIDEST",
+    "cudnn",
+    "cudnn_gradients",
+    "efficient",
+    "flash",
+    "flash_package",
+    "package",
+    "refusal",
+    "triton",
+]
 
 # Widest head. cuDNN's backward pass has no kernel for wider ones on all GPUs that have its forward pass.
 WIDEST = {"cudnn": 128, "flash": 256, "fa": 128, "triton": 1024, "efficient": 1024}
@@ -88,6 +99,47 @@ def _grouped(query: Tensor, key: Tensor) -> tuple[list[int], list[int]]:
     heads = list(range(query.shape[1]))
     group = len(heads) // key.shape[1]
     return heads, [head // group for head in heads]
+
+
+def cudnn_gradients(
+    slope: Tensor,
+    query: Tensor,
+    key: Tensor,
+    value: Tensor,
+    out: Tensor,
+    logsumexp: Tensor,
+    causal: bool,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """cuDNN's backward pass for an output that another kernel has computed; on a CPU plain torch's.
+
+    ``slope`` is the gradient of ``out [B, H, S, D]``, and ``logsumexp [B, H, S]``, dense fp32, the natural
+    logarithm of the sum over the scaled scores of a row: torch hands cuDNN ``[B, H, S, 1]`` of its own so
+    (aten/src/ATen/native/cudnn/MHA.cpp). Without dropout the random state is not read.
+    """
+    if query.device.type == "cpu":
+        return reference.gradients(slope, query, key, value, out, logsumexp, causal)
+    if slope.stride() != out.stride():
+        # Torch keeps cuDNN's graphs by the strides of query, key and value, and not by those of this one.
+        slope = torch.empty_like(out).copy_(slope)
+    unread = query.new_empty(0, dtype=torch.int64)
+    found: tuple[Tensor, Tensor, Tensor] = _aten._scaled_dot_product_cudnn_attention_backward(
+        slope,
+        query,
+        key,
+        value,
+        out,
+        logsumexp.unsqueeze(3),
+        unread,
+        unread,
+        None,
+        None,
+        None,
+        query.shape[2],
+        key.shape[2],
+        0.0,
+        causal,
+    )
+    return found
 
 
 def flash(

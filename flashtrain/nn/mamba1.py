@@ -1,6 +1,7 @@
 """The Mamba-1 mixer (selective scan) in plain torch, for models that were published with it."""
 
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
 
 import torch
@@ -18,8 +19,9 @@ class Mamba1(nn.Module):
     """Mamba (arXiv 2312.00752) with Jamba's RMSNorm on dt, B and C (arXiv 2403.19887); see ``scan``.
 
     A reference: right and differentiable on any device, but it keeps every token's states, so it is slow.
-    ``inputs`` has the rows of x, then of z, as mamba_ssm does; ``log_rate`` is a vector of ``inner · states``
-    numbers, so that weight decay leaves it alone.
+    ``inputs`` has the weights of x and z apart, which mamba_ssm has in this order as one; ``log_rate`` is a
+    vector of ``inner · states`` numbers, so that weight decay leaves it alone. Each of the ``inner`` channels
+    is a head; they meet in ``select``, whose output is that of all of them, and in ``out``.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -36,10 +38,10 @@ class Mamba1(nn.Module):
             for size, value in vars(self).items():
                 if value is not None and value < 1:
                     raise UserError(f"{name}.{size} is {value}; it must be at least 1")
-            if tensor_degree > 1:
+            inner = self.expand * hidden
+            if inner % tensor_degree:
                 raise UserError(
-                    f"{name} is a Mamba1, which is not tensor parallel: set parallel.tensor to 1, or "
-                    "its class to Mamba2.Config"
+                    f"{name} has {inner} channels; parallel.tensor {tensor_degree} must divide them"
                 )
 
         def build(self, hidden: int, norm_epsilon: float) -> "Mamba1":
@@ -51,8 +53,9 @@ class Mamba1(nn.Module):
         self, hidden: int, inner: int, states: int, rank: int, taps: int = 4, norm_epsilon: float = 1e-5
     ) -> None:
         super().__init__()
-        self.inner, self.states, self.rank, self.taps = inner, states, rank, taps
-        self.inputs = nn.Linear(hidden, 2 * inner, bias=False)
+        self.inner, self.states, self.step_rank, self.taps = inner, states, rank, taps
+        self.heads, self.groups = inner, 1
+        self.inputs = nn.ParameterDict([(part, nn.Parameter(torch.empty(inner, hidden))) for part in "xz"])
         self.conv_weight = nn.Parameter(torch.empty(inner, taps))
         self.conv_bias = nn.Parameter(torch.empty(inner))
         self.select = nn.Linear(inner, rank + 2 * states, bias=False)
@@ -64,6 +67,8 @@ class Mamba1(nn.Module):
         self.log_rate = nn.Parameter(torch.empty(inner * states))
         self.skip = nn.Parameter(torch.empty(inner))
         self.out = nn.Linear(inner, hidden, bias=False)
+        for weight in self.inputs.values():  # as that of nn.Linear
+            nn.init.uniform_(weight, -(hidden**-0.5), hidden**-0.5)
         self.initialise()
 
     @torch.no_grad()
@@ -73,7 +78,7 @@ class Mamba1(nn.Module):
             return
         self.conv_weight.uniform_(-(self.taps**-0.5), self.taps**-0.5, generator=generator)
         self.conv_bias.zero_()
-        self.step_weight.uniform_(-(self.rank**-0.5), self.rank**-0.5, generator=generator)
+        self.step_weight.uniform_(-(self.step_rank**-0.5), self.step_rank**-0.5, generator=generator)
         step = self.step_bias.uniform_(*map(math.log, _STEPS), generator=generator).exp()
         self.step_bias.copy_(step + (-torch.expm1(-step)).log())  # softplus of it is the step
         self.log_rate.copy_(torch.arange(1.0, self.states + 1).log().repeat(self.inner))
@@ -91,31 +96,50 @@ class Mamba1(nn.Module):
         In pieces or at once a sequence gives the same, gradients included. The state is a ``MixerState`` with
         ``ssm [B, inner, states]``. ``sequence`` is S where x is ``[S·B, hidden]``.
         """
-        projected = self.inputs(x)
+        projected = self._project(x)
         if sequence is not None:
             projected = projected.view(sequence, -1, projected.shape[-1])
         values, z = projected.transpose(0, 1).chunk(2, dim=-1)
         before = (None, None) if state is None else state
-        values, tail = causal_conv(values, self.conv_weight, self.conv_bias, before[0])
-        parts = self.select(values).split([self.rank, self.states, self.states], dim=-1)
+        values, tail = causal_conv(values, self._own("conv_weight"), self._own("conv_bias"), before[0])
+        parts = self.select(values).split([self.step_rank, self.states, self.states], dim=-1)
         steps, keys, queries = self.step_norm(parts[0]), self.key_norm(parts[1]), self.query_norm(parts[2])
         wide = torch.float64 if x.dtype == torch.float64 else torch.float32
-        steps = softplus(linear(steps, self.step_weight).to(wide) + self.step_bias.to(wide))
-        rate = -self.log_rate.to(wide).exp().view(self.inner, self.states)
+        steps = softplus(linear(steps, self._own("step_weight")).to(wide) + self._own("step_bias").to(wide))
+        rate = -self._own("log_rate").to(wide).exp().view(-1, self.states)
         y, ssm = scan(values.to(wide), steps, rate, keys.to(wide), queries.to(wide), before[1])
-        y = (y + self.skip.to(wide) * values.to(wide)).to(z.dtype) * silu(z)
+        y = (y + self._own("skip").to(wide) * values.to(wide)).to(z.dtype) * silu(z)
         return self.out(y.transpose(0, 1)), MixerState(tail, ssm)
+
+    def packed(self) -> Tensor:
+        """The weights of x, then of z, ``[2 · inner, hidden]``."""
+        return torch.cat([self._own("inputs.x"), self._own("inputs.z")])
+
+    @staticmethod
+    def rows_of() -> Mapping[str, str]:
+        """What the rows of each parameter belong to; of ``select`` and ``out`` the columns."""
+        own = ("conv_weight", "conv_bias", "step_weight", "step_bias", "log_rate", "skip")
+        return dict.fromkeys(("inputs.x", "inputs.z", *own), "heads")
 
     def flops_per_token(self, sequence: int) -> float:
         """FLOPs of one token forward, with those of the scan, ``9 inner · states``, and the convolution."""
         weights = (
-            self.inputs.weight,
+            *self.inputs.values(),
             self.select.weight,
             self.step_weight,
             self.out.weight,
             self.conv_weight,
         )
         return 2.0 * sum(weight.numel() for weight in weights) + 9.0 * self.inner * self.states
+
+    # What follows, and forward, read sizes off the parameters, of which parallelism may hold a share.
+
+    def _own(self, name: str) -> Tensor:
+        """A parameter, or the share of it that is computed with here."""
+        return self.get_parameter(name)
+
+    def _project(self, x: Tensor) -> Tensor:
+        return linear(x, self.packed())
 
 
 def scan(

@@ -1,20 +1,12 @@
-"""Attention over pairs of heads: packed projections that hold any share of them, and the product itself."""
+"""Packed projections of the heads of a pairing, whole or any share of its pairs."""
 
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.nn.functional import linear, scaled_dot_product_attention
+from torch.nn.functional import linear
 
-from flashtrain.kernels.pairing_attention.config import refusal
-from flashtrain.kernels.pairing_attention.op import pairing_attention
-from flashtrain.nn.attend import Heads, attend, settings
 from flashtrain.nn.pairing import Pairing
-
-Method = Literal["kernel", "expand"]
-
-# A few new tokens leave the kernel's tiles empty, and their queries cost nothing to copy.
-_FEWEST_ROWS = 16
 
 
 class Part(NamedTuple):
@@ -99,37 +91,3 @@ def _joined(rows: list[tuple[str, int, int]]) -> tuple[tuple[str, int, int], ...
         else:
             runs.append((name, start, stop))
     return tuple(runs)
-
-
-def attend_pairs(heads: Heads, pairing: Pairing, causal: bool = True, method: Method | None = None) -> Tensor:
-    """Attention ``[B, pairs, S, D]`` of query ``[B, n_q, S, D]`` and keys, values ``[B, n_kv, T, D]``.
-
-    ``expand`` copies heads where several pairs use them and calls ``attend``; ``kernel`` (GPU) never does.
-    By default the kernel runs for what it takes, unless gradients may be in any order: then torch's backward
-    pass is the faster one, copies included (benchmarks/pairing.py). Raises UserError for ``kernel`` on heads
-    that it does not take.
-    """
-    query, key, value = heads
-    if method is None:
-        fits = query.is_cuda and query.shape[2] >= _FEWEST_ROWS and settings().deterministic
-        method = "kernel" if fits and refusal(query.dtype, query.shape[3]) is None else "expand"
-    if method == "kernel":
-        return pairing_attention(query, key, value, pairing.query_of, pairing.key_of, causal)[0]
-    query = _copied(query, pairing.query_of)
-    if not (causal and pairing.groups_keys):  # which attend does by itself
-        key, value = (_copied(kv, pairing.key_of) for kv in (key, value))
-    return attend(Heads(query, key, value)) if causal else scaled_dot_product_attention(query, key, value)
-
-
-def _copied(x: Tensor, wanted: tuple[int, ...]) -> Tensor:
-    """Heads ``wanted`` of ``x [B, n, S, D]``; their gradients are added in one order, on any device."""
-    count = x.shape[1]
-    times = len(wanted) // count
-    if wanted == tuple(range(count)):
-        return x
-    if wanted == tuple(range(count)) * times:
-        return x.unsqueeze(1).expand(-1, times, -1, -1, -1).flatten(1, 2)
-    if wanted == tuple(p // times for p in range(len(wanted))):
-        return x.unsqueeze(2).expand(-1, -1, times, -1, -1).flatten(1, 2)
-    each = x.unbind(1)
-    return torch.stack([each[head] for head in wanted], dim=1)

@@ -46,30 +46,30 @@ class LayerByLayer:
     The sums are fp32 (fp64 for fp64), from the deepest layer to the source, and rounded once.
     """
 
+    shared: tuple[Tensor, Tensor]
+
     def __init__(self, share: Share, follow: bool) -> None:
         self.share, self.follow = share, follow
         self.sums: list[Tensor] = []
 
     def open(self, heads: Heads) -> Tensor:
-        self.heads = Heads(*(part.detach() for part in heads))
-        output: Tensor = _Source.apply(self, *heads) if torch.is_grad_enabled() else attend(heads)
-        return output
+        own, *shared = _apart(self.share, heads)
+        self.shared = shared[0].detach(), shared[1].detach()
+        return attend(_together(self.share, own, *_Total.apply(self, *shared)))
 
     def lend(self, output: Tensor, heads: Heads) -> Tensor:
         """``output`` of the source, which does without the region: the layers behind join with ``heads``.
 
         The gradients of shared heads reach those of ``heads`` when that of the output does.
         """
-        self.heads = Heads(*(part.detach() for part in heads))
-        first = 0 if self.share == "QK" else 1
-        lent: Tensor = _Lent.apply(self, output, *heads[first : first + 2])
+        _, *shared = _apart(self.share, heads)
+        self.shared = shared[0].detach(), shared[1].detach()
+        lent: Tensor = _Lent.apply(self, output, *shared)
         return lent
 
     def join(self, own: Tensor) -> Tensor:
-        if not torch.is_grad_enabled():
-            return attend(merged(self.share, own, self.heads))
-        output: Tensor = _Sharing.apply(self, own)
-        return output
+        parts = own, *self.shared
+        return attend(_together(self.share, *(_Followed.apply(self, *parts) if self.follow else parts)))
 
     def add(self, gradients: tuple[Tensor, Tensor]) -> None:
         """Take in the gradients of the shared heads from one layer."""
@@ -83,7 +83,17 @@ class LayerByLayer:
 
 def merged(share: Share, own: Tensor, source: Heads) -> Heads:
     """The heads of a layer that has ``own`` values (or queries) and the rest of ``source``."""
-    return Heads(source.query, source.key, own) if share == "QK" else Heads(own, source.key, source.value)
+    return _together(share, own, *_apart(share, source)[1:])
+
+
+def _apart(share: Share, heads: Heads) -> tuple[Tensor, Tensor, Tensor]:
+    """What each layer has of its own, and the two that are shared."""
+    query, key, value = heads
+    return (value, query, key) if share == "QK" else (query, key, value)
+
+
+def _together(share: Share, own: Tensor, first: Tensor, second: Tensor) -> Heads:
+    return Heads(first, second, own) if share == "QK" else Heads(own, first, second)
 
 
 def region(share: Share, deferred: bool, follow: bool) -> Region:
@@ -91,26 +101,23 @@ def region(share: Share, deferred: bool, follow: bool) -> Region:
     return Deferred(follow) if deferred and torch.is_grad_enabled() else LayerByLayer(share, follow)
 
 
-class _Source(Function):
-    @staticmethod
-    def forward(ctx: Any, region: LayerByLayer, *heads: Tensor) -> Tensor:
-        ctx.region = region
-        ctx.graph = _graph(Heads(*heads), (True, True, True))
-        output: Tensor = ctx.graph[0].detach()
-        return output
+class _Total(Function):
+    """The shared heads on their way to the source's own attention, whose gradient comes last."""
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        gradients, region = _gradients(ctx, slope)
-        if region.sums:
-            first = 0 if region.share == "QK" else 1
-            region.add((gradients[first], gradients[first + 1]))
-            gradients[first : first + 2] = [
-                total.to(own.dtype)
-                for total, own in zip(region.sums, gradients[first : first + 2], strict=True)
-            ]
-            region.sums = []
-        return (None, *gradients)
+    def forward(ctx: Any, region: LayerByLayer, *shared: Tensor) -> tuple[Tensor, ...]:
+        ctx.region = region
+        return tuple(part.view_as(part) for part in shared)
+
+    @staticmethod
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        region: LayerByLayer = ctx.region
+        ctx.region = None  # nodes live as long as the loss does
+        if not region.sums:
+            return (None, *slopes)
+        region.add((slopes[0], slopes[1]))
+        totals, region.sums = region.sums, []
+        return (None, *(total.to(own.dtype) for total, own in zip(totals, slopes, strict=True)))
 
 
 class _Lent(Function):
@@ -128,38 +135,20 @@ class _Lent(Function):
         return (None, slope, *(total.to(dtype) for total, dtype in zip(totals, ctx.dtypes, strict=True)))
 
 
-class _Sharing(Function):
+class _Followed(Function):
+    """What a layer that shares attends with: the gradients of all but its own part go to the region.
+
+    They are there before those of earlier layers, which come by way of its own part.
+    """
+
     @staticmethod
-    def forward(ctx: Any, region: LayerByLayer, own: Tensor) -> Tensor:
+    def forward(ctx: Any, region: LayerByLayer, *parts: Tensor) -> tuple[Tensor, ...]:
         ctx.region = region
-        shared = region.follow
-        wanted = (shared, shared, True) if region.share == "QK" else (True, shared, shared)
-        ctx.graph = _graph(merged(region.share, own, region.heads), wanted)
-        output: Tensor = ctx.graph[0].detach()
-        return output
+        return tuple(part.view_as(part) for part in parts)
 
     @staticmethod
-    def backward(ctx: Any, slope: Tensor) -> tuple[None, Tensor]:
-        gradients, region = _gradients(ctx, slope)
-        if not region.follow:
-            return None, gradients[0]
-        if region.share == "QK":
-            *shared, own = gradients
-        else:
-            own, *shared = gradients
-        region.add((shared[0], shared[1]))
-        return None, own
-
-
-def _graph(heads: Heads, wanted: tuple[bool, ...]) -> tuple[Tensor, list[Tensor]]:
-    """Attention of ``heads`` as a graph of its own: the output, and the leaves whose gradients are wanted."""
-    with torch.enable_grad():
-        leaves = [part.detach().requires_grad_(own) for part, own in zip(heads, wanted, strict=True)]
-        return attend(Heads(*leaves)), [leaf for leaf in leaves if leaf.requires_grad]
-
-
-def _gradients(ctx: Any, slope: Tensor) -> tuple[list[Tensor], LayerByLayer]:
-    """Those of the leaves, and the region; both are let go, as nodes live as long as the loss does."""
-    (output, leaves), region = ctx.graph, ctx.region
-    ctx.graph = ctx.region = None
-    return list(torch.autograd.grad(output, leaves, slope)), region
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor | None, ...]:
+        own, first, second = slopes
+        ctx.region.add((first, second))
+        ctx.region = None
+        return None, own, None, None

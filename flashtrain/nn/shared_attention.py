@@ -4,7 +4,8 @@ QK is EPAS (arXiv 2601.19089). KV is our reconstruction of ECHO-LLaMA (arXiv 250
 code nor tables are public; by its map it is also CLA (arXiv 2405.12981) or like YOCO (arXiv 2405.05254).
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager
 from typing import Any, cast
 
 import torch
@@ -53,12 +54,15 @@ class SourceAttention(Attention):
     shares: bool
     hands_over: bool
     is_last: bool  # of those that use the source's heads
+    noted: list[Region] | None  # where to note the region that a forward pass uses
+    again: list[Region] | None  # the one that it used, while it runs again
     cache: nn.Linear | None  # what makes the heads for the others where they are not its own
 
     def become(self, handover: Handover, layer: int) -> None:
         """Set up after the class of a plain ``Attention`` was changed to this one."""
         self.handover, self.layer = handover, layer
         self.source, self.shares, self.hands_over, self.is_last = layer, False, False, False
+        self.noted = self.again = None
         self.cache = None
 
     def forward(self, x: Tensor, rotary: Tensor, documents: Documents | None = None) -> Tensor:
@@ -76,14 +80,43 @@ class SourceAttention(Attention):
     def _open(self, heads: Heads) -> Tensor:
         config = self.handover.config
         opened = region(config.share, config.defers(heads), config.grad_to_source)
-        self.handover.regions[self.layer] = opened
+        self._hand_over(opened)
         return opened.open(heads)
 
     @torch.compiler.disable
     def _lend(self, output: Tensor, *heads: Tensor) -> Tensor:
         opened = LayerByLayer(self.handover.config.share, follow=True)
-        self.handover.regions[self.layer] = opened
+        self._hand_over(opened)
         return opened.lend(output, Heads(*heads))
+
+    def _hand_over(self, opened: Region) -> None:
+        if self.again is None:  # else the layers behind have joined the first one
+            self.handover.regions[self.layer] = opened
+
+    def passes(self) -> tuple[AbstractContextManager[None], AbstractContextManager[None]]:
+        """What a block enters around a forward pass, and around the same one when it runs again.
+
+        That is for activations that are computed again in the backward pass: a layer that shares joins the
+        region that it joined before, whose heads are kept, and a source opens one that nobody joins.
+        """
+        used: list[Region] = []
+        return self._noting(used), self._running_again(used)
+
+    @contextmanager
+    def _noting(self, used: list[Region]) -> Iterator[None]:
+        self.noted = used
+        try:
+            yield
+        finally:
+            self.noted = None
+
+    @contextmanager
+    def _running_again(self, used: list[Region]) -> Iterator[None]:
+        self.again = used
+        try:
+            yield
+        finally:
+            self.again = None
 
     def _cached(self, x: Tensor, rotary: Tensor) -> KeyValues:
         """Keys, rotated, and values ``[B, kv heads, S, D]`` of ``cache``."""
@@ -192,8 +225,12 @@ class SwitchableAttention(SourceAttention):
 
     @torch.compiler.disable
     def _join(self, own: Tensor) -> Tensor:
+        if self.again is not None:
+            return self.again[0].join(own)
         regions = self.handover.regions
         opened = regions.pop(self.source) if self.is_last else regions[self.source]
+        if self.noted is not None:
+            self.noted.append(opened)
         return opened.join(own)
 
     def extend(self, x: Tensor, rotary: Tensor, past: Any) -> tuple[Tensor, Any]:

@@ -51,6 +51,7 @@ def _hybrid_plan(rows: tensor.Rows) -> dict[str, ParallelStyle]:
             f"{layer}.mlp.gate_up": tensor.ColumnParallel(rows),
             f"{layer}.mlp.down": tensor.RowParallel(rows),
             f"{layer}.ssm": ssm.SSMHeads(rows),
+            f"{layer}.ssm.select": ssm.Summed(rows),
             f"{layer}.ssm.out": tensor.RowParallel(rows),
         }
     # One product from residual stream to residual stream: whole on every rank, on its own rows, it needs

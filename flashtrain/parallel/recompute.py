@@ -1,14 +1,22 @@
 """Which activations a block keeps for its backward pass, and which it computes again (arXiv 2205.05198)."""
 
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, ExitStack, contextmanager
 from functools import partial
 from typing import Any, Literal
 
 import torch
 from torch import nn
-from torch.utils.checkpoint import CheckpointPolicy, checkpoint, create_selective_checkpoint_contexts
+from torch.utils.checkpoint import (
+    CheckpointPolicy,
+    checkpoint,
+    create_selective_checkpoint_contexts,
+    noop_context_fn,
+)
 
 Policy = Literal["none", "pointwise", "attention", "full"]
+Contexts = tuple[AbstractContextManager[Any], AbstractContextManager[Any]]
+Passes = Callable[[], Contexts]
 
 # Products, and what exchanges data between ranks with products or without.
 _PRODUCTS = (
@@ -45,23 +53,45 @@ def recompute(units: Iterable[nn.Module], policy: Policy) -> None:
     products and their transfers run again too.
 
     What is no operator of torch's dispatcher is computed again under every policy but none: the package
-    flash-attn is such. Units must draw no random numbers. It works before and after data parallelism, whose
-    hooks then stay outside.
+    flash-attn is such, and attention of shared queries and keys whose gradients are formed once. Units must
+    draw no random numbers. It works before and after data parallelism, whose hooks then stay outside.
+
+    A module inside that exchanges data with other units past their inputs and outputs has ``passes()``: two
+    context managers, to be entered around the forward pass and around the same one when it runs again.
     """
     if policy == "none":
         return
     for unit in units:
-        unit.forward = partial(_checkpointed, unit.forward, policy)
+        unit.forward = partial(_checkpointed, unit.forward, _contexts_of(unit, policy))
 
 
-def _checkpointed(forward: Callable[..., Any], policy: Policy, *inputs: Any) -> Any:
+def _checkpointed(forward: Callable[..., Any], contexts: Passes, *inputs: Any) -> Any:
     if not torch.is_grad_enabled():
         return forward(*inputs)
-    settings: dict[str, Any] = {}
+    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, context_fn=contexts)
+
+
+def _contexts_of(unit: nn.Module, policy: Policy) -> Passes:
+    """What gives, for each pass, the contexts to enter around it and around the same one run again."""
+    found: list[Passes] = [module.passes for module in unit.modules() if hasattr(module, "passes")]  # type: ignore[misc]
     if policy != "full":
-        kept = _kept(policy)
-        settings["context_fn"] = partial(create_selective_checkpoint_contexts, partial(_decide, kept))
-    return checkpoint(forward, *inputs, use_reentrant=False, preserve_rng_state=False, **settings)
+        found.append(partial(create_selective_checkpoint_contexts, partial(_decide, _kept(policy))))
+    if not found:
+        return noop_context_fn
+    return found[0] if len(found) == 1 else partial(_both, found)
+
+
+def _both(passes: Sequence[Passes]) -> Contexts:
+    pairs = [contexts() for contexts in passes]
+    return _all([first for first, _ in pairs]), _all([again for _, again in pairs])
+
+
+@contextmanager
+def _all(contexts: Sequence[AbstractContextManager[Any]]) -> Iterator[None]:
+    with ExitStack() as stack:
+        for context in contexts:
+            stack.enter_context(context)
+        yield
 
 
 def _kept(policy: Policy) -> frozenset[str]:

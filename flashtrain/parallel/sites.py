@@ -80,6 +80,8 @@ def _tensor_site(name: str, module: nn.Module, rows: int, world: int, mover: str
             return _exposed(name, "reduce-scatter", "all-gather", "a look-up: there is no product beside it")
         case ssm.SSMHeadsMixer():
             return _product(name, module.sizes(), gather, column_backward, rows, world, mover)
+        case ssm.SummedLinear():
+            return _exposed(name, "product, then all-reduce", "all-reduce", "a few columns, of all channels")
         case ssm.RowRouting():
             return _exposed(name, "all-gather, twice", "reduce-scatter, twice", "it moves rows alone")
         case nn.Linear() | nn.Embedding():

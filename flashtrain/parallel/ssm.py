@@ -1,16 +1,17 @@
-"""Tensor parallelism of hybrids: Mamba-2 over its heads, and FlowHN's routing of row shards."""
+"""Tensor parallelism of hybrids: Mamba-2 over its heads, Mamba-1 over its channels, FlowHN's row shards."""
 
 from collections.abc import Callable, Mapping, Sequence
-from typing import Protocol, cast
+from typing import Any, Protocol, cast
 
 import torch
 from torch import Tensor, nn
 from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor
+from torch.nn.functional import linear
 
 from flashtrain.comm import collectives, ops, transport
 from flashtrain.errors import UserError
-from flashtrain.parallel.tensor import _OverTensorGroup, _shard, _Style
+from flashtrain.parallel.tensor import _local, _OverTensorGroup, _shard, _Style
 
 
 class Mixer(Protocol):
@@ -57,15 +58,49 @@ class SSMHeadsMixer(_OverTensorGroup):
         return y.view(x.shape[0] * self.world, *x.shape[1:-1], y.shape[-1]) if x.dim() > 2 else y
 
 
+class SummedLinear(_OverTensorGroup, nn.Linear):
+    """``y [..., N] = AR(x [..., K/W] · w_shard [N, K/W]ᵀ)``: whole on every rank, which goes on differently.
+
+    For an output that is small beside x, as Mamba-1's step sizes, keys and queries are. The gradient of y is
+    the sum of what the ranks made of it, likewise an all-reduce.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        partial = linear(x, _local(self.weight))
+        total: Tensor = _AllReduce.apply(partial, self.group, self.site)
+        return total
+
+
+class _AllReduce(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, partial: Tensor, group: str, site: str) -> Tensor:
+        ctx.group, ctx.site = group, site
+        return collectives.all_reduce(partial, group, site)
+
+    @staticmethod
+    @torch.autograd.function.once_differentiable
+    def backward(ctx: Any, *slopes: Tensor) -> tuple[Tensor, None, None]:
+        return collectives.all_reduce(slopes[0], ctx.group, ctx.site), None, None
+
+
+class Summed(_Style):
+    """Shard an ``nn.Linear`` without bias by input features; its output is whole on every rank."""
+
+    def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
+        if getattr(module, "bias", None) is not None:
+            raise UserError("Summed applies to a Linear without bias: give it bias=False")
+        return self._convert(module, nn.Linear, SummedLinear, device_mesh, {"weight": 1})
+
+
 class SSMHeads(_Style):
-    """Shard a Mamba-2 mixer by heads: each part of its weights by itself. Its output projection is apart.
+    """Shard a mixer by heads: each part of its weights by itself. What its heads meet in is apart.
 
     Raises UserError if heads do not divide by the degree, or groups neither divide by it nor divide it.
     """
 
     def _apply(self, module: nn.Module, device_mesh: DeviceMesh) -> nn.Module:
         if not hasattr(module, "rows_of"):
-            raise UserError(f"SSMHeads applies to Mamba2, not to {type(module).__name__}")
+            raise UserError(f"SSMHeads applies to Mamba1 and Mamba2, not to {type(module).__name__}")
         mixer, world = cast(Mixer, module), device_mesh.size()
         whole_groups = mixer.groups % world == 0
         if mixer.heads % world or not (whole_groups or world % mixer.groups == 0):

@@ -1,9 +1,10 @@
 """Which attention a run takes: named by its settings, or measured once and the same on every rank."""
 
 import logging
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
-from typing import NamedTuple
+from typing import NamedTuple, cast
 
 import torch
 import torch.distributed as dist
@@ -12,8 +13,10 @@ from torch import Tensor
 from flashtrain.comm import transport, tune
 from flashtrain.errors import UserError
 from flashtrain.models.decoder import Decoder
-from flashtrain.nn import attend
-from flashtrain.nn.attend import Documents, Heads, Settings
+from flashtrain.nn import attend, paired_attention
+from flashtrain.nn.attend import Backend, Documents, Heads, Settings
+from flashtrain.nn.paired_attention import Method, attend_pairs, why_not_by
+from flashtrain.nn.pairing import Pairing
 from flashtrain.parallel.mesh import Degrees
 from flashtrain.train.settings import Training
 
@@ -31,34 +34,84 @@ def prepare(
     """Put ``settings`` in force. Collective on GPUs, where auto becomes the backend that is the fastest.
 
     What is measured is forward and backward on the heads that one rank has in a micro-batch; the choice is
-    kept on disk beside those of products. Raises UserError for a backend that does not take those heads.
+    kept on disk beside those of products. So is, where gradients may be in any order, the method of attention
+    over pairs of heads. Raises UserError for a backend that does not take those heads.
     """
     attend.configure(settings)
+    paired_attention.prefer("expand")
     if device.type != "cuda":
         return
-    shape = _Shape.of(model, train, degrees)
-    heads = shape.heads(device, getattr(torch, train.dtype))
-    fixed = settings.deterministic
-    if settings.backend != "auto":
-        reason = attend.why_not(settings.backend, heads, train.document_mask, fixed)
-        if reason is not None:
-            raise UserError(f"attention.backend is {settings.backend}, but {reason}")
-        return
-    names = attend.candidates(heads, train.document_mask, fixed)
-    documents = shape.documents(device) if train.document_mask else None
-    chosen = names[0]
-    if len(names) > 1:
+    fixed, dtype = settings.deterministic, getattr(torch, train.dtype)
+    pairing = pairs_of_rank(model, degrees)
+    shape = _Shape.of(model, pairing, train, degrees)
+    heads = shape.heads(device, dtype)
+    if settings.backend == "auto":
+        names = attend.candidates(heads, train.document_mask, fixed)
+        documents = shape.documents(device) if train.document_mask else None
         kind = f"{'documents' if documents else 'causal'} {'fixed order' if fixed else 'any order'}"
-        chosen = tune.choose(
+        chosen = _fastest(
             f"attention {shape} {train.dtype} {kind}",
-            {name: partial(str, name) for name in names},
-            lambda name: _pass(name, heads, documents, fixed),
-            _Ranks(dist.get_rank(), dist.get_world_size()),
-            transport.exchange_of(dist.group.WORLD.group_name),  # type: ignore[union-attr]
+            names,
+            lambda name: _backward(heads, lambda: attend.run(name, heads, documents, fixed)),
             device,
         )
-    log.info("attention: %s, %s", chosen, "deterministic" if fixed else "gradients in any order")
-    attend.configure(replace(settings, backend=chosen))  # type: ignore[arg-type]
+        log.info("attention: %s, %s", chosen, "deterministic" if fixed else "gradients in any order")
+        attend.configure(replace(settings, backend=chosen))  # type: ignore[arg-type]
+    elif (reason := attend.why_not(settings.backend, heads, train.document_mask, fixed)) is not None:
+        raise UserError(f"attention.backend is {settings.backend}, but {reason}")
+    if pairing is None or fixed or train.document_mask:
+        return
+    given = shape._replace(heads_=pairing.n_q, kv_heads=pairing.n_kv).heads(device, dtype)
+    methods = methods_of(settings.backend, given)
+    share = f"{model.pairing} {model.pair_order} over {degrees.tensor}"
+    method = _fastest(
+        f"pairs {share} {shape} {train.dtype} {settings.backend}",
+        methods,
+        lambda name: _backward(given, lambda: attend_pairs(given, pairing, method=cast(Method, name))),
+        device,
+    )
+    log.info("attention over pairs of heads: %s", method)
+    paired_attention.prefer(cast(Method, method))
+
+
+def pairs_of_rank(model: Decoder.Config, degrees: Degrees) -> Pairing | None:
+    """The pairs that the first tensor-parallel rank attends over; None where its queries are grouped ones."""
+    pairing = model.pairs()
+    if pairing is None or (pairing.is_grouped and pairing.n_kv % degrees.tensor == 0):
+        return None
+    return pairing.share(0, degrees.tensor).pairing
+
+
+def methods_of(backend: Backend, heads: Heads) -> list[str]:
+    """The methods to measure where ``attention.backend`` is this one: none that computes with another."""
+    wanted: dict[str, tuple[Method, ...]] = {
+        "auto": ("expand", "mixed", "kernel"),
+        "cudnn": ("expand", "mixed"),
+        "triton": ("kernel",),
+    }
+    found = wanted.get(backend, ("expand",))
+    return [name for name in found if why_not_by(name, heads, True) is None]
+
+
+def _fastest(name: str, candidates: list[str], call: Callable[[str], None], device: torch.device) -> str:
+    """The fastest of ``candidates``, of which the first is taken unless it is beaten."""
+    if len(candidates) == 1:
+        return candidates[0]
+    chosen: str = tune.choose(
+        name,
+        {candidate: partial(str, candidate) for candidate in candidates},
+        call,
+        _Ranks(dist.get_rank(), dist.get_world_size()),
+        transport.exchange_of(dist.group.WORLD.group_name),  # type: ignore[union-attr]
+        device,
+    )
+    return chosen
+
+
+def _backward(heads: Heads, forward: Callable[[], Tensor]) -> None:
+    with torch.enable_grad():
+        out = forward()
+    torch.autograd.grad(out, heads, torch.ones_like(out))
 
 
 class _Shape(NamedTuple):
@@ -69,11 +122,17 @@ class _Shape(NamedTuple):
     width: int
 
     @classmethod
-    def of(cls, model: Decoder.Config, train: Training, degrees: Degrees) -> "_Shape":
+    def of(
+        cls, model: Decoder.Config, pairing: Pairing | None, train: Training, degrees: Degrees
+    ) -> "_Shape":
+        """Heads as a backend meets them: copies, where those of ``pairing`` are copied for it."""
         batch = train.batch // (degrees.data * train.accumulate)
-        pairing = model.pairs()
-        kv_heads = model.kv_heads if pairing is None else pairing.n_kv if pairing.is_grouped else model.heads
-        own = model.heads // degrees.tensor, max(1, kv_heads // degrees.tensor)
+        if pairing is not None:
+            own = pairing.heads, pairing.n_kv if pairing.groups_keys else pairing.heads
+        else:
+            grouped = model.pairs()
+            kv_heads = model.kv_heads if grouped is None else grouped.n_kv
+            own = model.heads // degrees.tensor, max(1, kv_heads // degrees.tensor)
         return cls(batch, *own, train.sequence, model.head_dim)
 
     def __str__(self) -> str:
@@ -90,9 +149,3 @@ class _Shape(NamedTuple):
     def documents(self, device: torch.device) -> Documents:
         bounds = torch.arange(self.batch + 1, device=device, dtype=torch.int32) * self.sequence
         return Documents(bounds, self.sequence)
-
-
-def _pass(name: str, heads: Heads, documents: Documents | None, deterministic: bool) -> None:
-    with torch.enable_grad():
-        out = attend.run(name, heads, documents, deterministic)
-    torch.autograd.grad(out, heads, torch.ones_like(out))

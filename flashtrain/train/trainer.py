@@ -110,11 +110,6 @@ class Trainer:
             for name in ("pairing", "layout", "sharing"):
                 if self.train.document_mask and getattr(self.model, name) is not None:
                     raise UserError(f"train.document_mask is true, but model.{name} knows no documents")
-            if self.train.recompute != "none" and self.model.sharing is not None:
-                raise UserError(
-                    f"train.recompute is {self.train.recompute}; layers of model.sharing keep what they hand "
-                    "over: set it to none"
-                )
             if not data:
                 return
             source = open_source(self.data)

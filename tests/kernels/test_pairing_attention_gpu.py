@@ -4,15 +4,22 @@ Triton 3.4 to 3.7.0 miscompiles some products on Hopper (flash-linear-attention#
 compared for every dtype: an error of a thousandth is a rounding, one of a tenth is not.
 """
 
+from collections import Counter
+from functools import partial
+from typing import Any
+
 import pytest
 import torch
 from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from flashtrain.kernels.pairing_attention import op, reference
 from flashtrain.models.decoder import Decoder
-from flashtrain.nn.attend import Heads
-from flashtrain.nn.paired import attend_pairs
+from flashtrain.nn.attend import Heads, Settings
+from flashtrain.nn.attention import Attention
+from flashtrain.nn.paired_attention import Method, attend_pairs
 from flashtrain.nn.pairing import Pairing
+from flashtrain.nn.rotary import rotary_table
 
 pytestmark = [
     pytest.mark.gpu,
@@ -123,12 +130,91 @@ def test_a_gradient_that_is_an_expanded_view_is_taken(poisoned_memory: None) -> 
     assert error(found[2], true[2]) < BOUNDS[torch.bfloat16]
 
 
-def test_both_methods_agree() -> None:
+def mixed(pairing: Pairing, causal: bool, given: list[Tensor], slope: Tensor) -> list[Tensor]:
+    leaves = [x.detach().requires_grad_() for x in given]
+    out = attend_pairs(Heads(*leaves), pairing, causal, "mixed")
+    return [out.detach(), *torch.autograd.grad(out, leaves, slope)]
+
+
+@pytest.mark.parametrize(("tokens", "causal"), [(777, True), (1024, True), (197, False)])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("width", [64, 80, 128])
+@pytest.mark.parametrize("name", ["gqkva-4.2", "mkva", "mqa", "gkva-4", "0:1 2:0 1:1 0:0"])
+def test_gradients_by_cudnn_of_what_the_kernel_gave_equal_fp64(
+    name: str, width: int, dtype: torch.dtype, tokens: int, causal: bool, poisoned_memory: None
+) -> None:
+    pairing = Pairing.named(name, len(name.split()) if ":" in name else 8)
+    given = inputs(pairing, width, tokens, tokens, dtype)
+    maps = list(pairing.query_of), list(pairing.key_of)
+    # As the projection behind attention gives it, and with heads first.
+    by_token = torch.randn(tokens, 2, pairing.heads, width, device="cuda").to(dtype).permute(1, 2, 0, 3)
+    for slope in (by_token, by_token.contiguous()):
+        leaves = [x.double().requires_grad_() for x in given]
+        out = reference.pairing_attention(*leaves, *maps, causal)[0]
+        true = [out.detach(), *torch.autograd.grad(out, leaves, slope.double())]
+        found = mixed(pairing, causal, given, slope)
+        for label, one, other in zip(("out", "dq", "dk", "dv"), found, true, strict=True):
+            assert error(one, other) < BOUNDS[dtype], label
+
+
+def test_copies_for_cudnn_live_in_the_backward_pass_alone() -> None:
+    pairing = Pairing.named("gqkva-2.4", 8)
+    given = [x.requires_grad_() for x in inputs(pairing, 64, 4096, 4096, torch.bfloat16)]
+    out = attend_pairs(Heads(*given), pairing, True, "mixed")  # compiles, and fills torch's caches
+    del out
+    before = torch.cuda.memory_allocated()
+    out = attend_pairs(Heads(*given), pairing, True, "mixed")
+    kept = torch.cuda.memory_allocated() - before
+    assert kept <= out.nbytes + 4 * out.numel() // 64 + 4096  # and a log-sum-exp each
+
+
+def test_methods_agree() -> None:
     pairing = Pairing.named("gqkva-4.2", 8)
     heads = Heads(*inputs(pairing, 64, 500, 500, torch.bfloat16))
+    methods: tuple[Method, ...] = ("kernel", "expand", "mixed")
     for causal in (True, False):
-        ours, stock = (attend_pairs(heads, pairing, causal, method) for method in ("kernel", "expand"))
-        assert error(ours, stock.double()) < BOUNDS[torch.bfloat16]
+        ours, *others = (attend_pairs(heads, pairing, causal, method) for method in methods)
+        for other in others:
+            assert error(ours, other.double()) < BOUNDS[torch.bfloat16]
+            assert other.permute(2, 0, 1, 3).is_contiguous()
+
+
+class _Passes(TorchDispatchMode):
+    """Operators that move activations ``[..., D]`` or weights, besides products, rotation and attention."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.ran: Counter[str] = Counter()
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        name = func.name().partition(".")[0].removeprefix("aten::")
+        if name in ("cat", "clone", "copy_", "_to_copy", "stack", "sum", "index", "add", "zeros"):
+            self.ran[name] += 1
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize(
+    ("method", "passes"),
+    # The weights become one; queries are copied, and their gradients summed.
+    [
+        ("kernel", {"cat": 1}),
+        ("expand", {"cat": 1, "clone": 1, "sum": 1}),
+        ("mixed", {"cat": 1, "clone": 1, "sum": 1}),
+    ],
+)
+def test_a_layer_makes_no_pass_over_memory_but_these(
+    method: Method, passes: dict[str, int], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    by_method = partial(attend_pairs, method=method)
+    monkeypatch.setattr("flashtrain.nn.attention.attend_pairs", by_method)
+    monkeypatch.setattr("flashtrain.nn.attend._settings", Settings(deterministic=False))
+    layer = Attention(512, 8, 8, 64, pairing=Pairing.named("gqkva-4.2", 8)).cuda().bfloat16()
+    table = rotary_table(256, 64, 10_000.0, torch.device("cuda"))
+    x = torch.randn(256, 2, 512, device="cuda", dtype=torch.bfloat16, requires_grad=True)
+    slope = torch.randn_like(x)
+    with _Passes() as found:
+        torch.autograd.grad(layer(x, table), [x, *layer.parameters()], slope)
+    assert found.ran == passes
 
 
 @pytest.mark.parametrize("pairing", ["gqkva-4.2", "mkva"])
@@ -153,11 +239,12 @@ def test_a_decoder_equals_itself_on_the_cpu(pairing: str) -> None:
         assert error(torch.cat(rest), logits.double()) < 1e-4
 
 
-def test_compiled_it_is_the_same() -> None:
+@pytest.mark.parametrize("method", ["kernel", "mixed"])
+def test_compiled_it_is_the_same(method: Method) -> None:
     pairing = Pairing.named("gqkva-4.2", 8)
-    given = inputs(pairing, 64, 256, 256, torch.bfloat16)
+    given = [x.requires_grad_() for x in inputs(pairing, 64, 256, 256, torch.bfloat16)]
 
     def function(*heads: Tensor) -> Tensor:
-        return attend_pairs(Heads(*heads), pairing)
+        return attend_pairs(Heads(*heads), pairing, True, method)
 
     assert torch.equal(torch.compile(function, fullgraph=True)(*given), function(*given))

@@ -27,7 +27,7 @@ def tokens(sequence: int) -> Tensor:
 
 def test_layer_equals_the_equations_written_out() -> None:
     layer, x = mixer(), tokens(6)
-    values, z = (x @ layer.inputs.weight.t()).chunk(2, dim=-1)
+    values, z = (x @ layer.inputs[part].t() for part in "xz")
     padded = torch.cat([torch.zeros(3, 2, INNER, dtype=torch.float64), values])
     convolved = sum(padded[tap : tap + 6] * layer.conv_weight[:, tap] for tap in range(4))
     u = silu(convolved + layer.conv_bias)
@@ -77,10 +77,12 @@ def test_two_pieces_equal_one_with_every_gradient(cut: int) -> None:
     assert_two_pieces_equal_one(mixer(), tokens(9), cut)
 
 
-def test_it_is_refused_on_several_tensor_ranks() -> None:
-    Mamba1.Config().validate("model.layout.ssm", 64, 1)
-    with pytest.raises(UserError, match=r"^model\.layout\.ssm is a Mamba1, which is not tensor parallel"):
-        Mamba1.Config().validate("model.layout.ssm", 64, 2)
+def test_channels_must_divide_among_tensor_ranks() -> None:
+    Mamba1.Config().validate("model.layout.ssm", 64, 2)
+    with pytest.raises(
+        UserError, match=r"^model\.layout\.ssm has 128 channels; parallel\.tensor 3 must divide"
+    ):
+        Mamba1.Config().validate("model.layout.ssm", 64, 3)
 
 
 def test_flops_are_those_of_the_specification() -> None:

@@ -12,7 +12,10 @@ from flashtrain.models.decoder import Decoder
 from flashtrain.models.generate import generate
 from flashtrain.nn.attend import Heads
 from flashtrain.nn.attention import Attention
-from flashtrain.nn.paired import PairedProjection, attend_pairs
+from flashtrain.nn.attention_kernels import cudnn_gradients
+from flashtrain.nn.copied_heads import copied
+from flashtrain.nn.paired import PairedProjection
+from flashtrain.nn.paired_attention import Method, attend_pairs
 from flashtrain.nn.pairing import Pairing
 from flashtrain.nn.rotary import rotary_table, rotate
 
@@ -151,6 +154,49 @@ def test_equals_multi_head_attention_with_tied_weights(name: str) -> None:
         ties = torch.zeros(count, HEAD, HIDDEN, dtype=torch.float64)
         ties.index_add_(0, torch.tensor(heads_of), packed[:, place])
         torch.testing.assert_close(paired.qkv.get_parameter(name).grad, ties.flatten(0, 1))
+
+
+def leaves_of(pairing: Pairing, dtype: torch.dtype = torch.float64) -> list[Tensor]:
+    """Views of a packed projection ``[S, B, heads, D]``."""
+    packed = torch.randn(7, 2, pairing.n_q + 2 * pairing.n_kv, HEAD, dtype=torch.float64).to(dtype)
+    parts = packed.permute(1, 2, 0, 3).split([pairing.n_q, pairing.n_kv, pairing.n_kv], dim=1)
+    return [part.detach().requires_grad_() for part in parts]
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("name", ["gqkva-2.3", "gkva-2", "gqa-3", "mkva", "0:1 2:0 1:1 0:0"])
+def test_methods_agree_in_output_and_gradients(name: str, causal: bool) -> None:
+    pairing = Pairing.named(name, len(name.split()) if ":" in name else 6)
+    leaves = leaves_of(pairing)
+    slope = torch.randn(2, pairing.heads, 7, HEAD, dtype=torch.float64)
+    outcomes: dict[Method, list[Tensor]] = {}
+    for method in ("kernel", "expand", "mixed"):
+        out = attend_pairs(Heads(*leaves), pairing, causal, method)
+        outcomes[method] = [out, *torch.autograd.grad(out, leaves, slope)]
+    wanted = outcomes.pop("kernel")
+    for found in outcomes.values():
+        for one, other in zip(found, wanted, strict=True):
+            torch.testing.assert_close(one, other)
+
+
+def test_cudnn_is_handed_what_its_operator_takes() -> None:
+    query, out = torch.empty(2, 6, 7, HEAD, device="meta"), torch.empty(2, 6, 7, HEAD, device="meta")
+    key = torch.empty(2, 3, 7, HEAD, device="meta")
+    found = cudnn_gradients(out, query, key, key, out, torch.empty(2, 6, 7, device="meta"), True)
+    assert [x.shape for x in found] == [query.shape, key.shape, key.shape]
+
+
+@pytest.mark.parametrize("wanted", [(0, 1, 0, 1, 0, 1), (0, 0, 0, 1, 1, 1), (1, 0, 0, 1, 1, 1)])
+def test_copies_lie_token_by_token_and_their_gradients_are_added_in_fp32(wanted: tuple[int, ...]) -> None:
+    for skipped, row in ((0, 16), (1, 20), (0, 17)):  # heads in whole words; one element off; now and then
+        packed = torch.randn(7, 2, row).bfloat16()[:, :, skipped : skipped + 2 * HEAD]
+        x = packed.unflatten(2, (2, HEAD)).permute(1, 2, 0, 3).requires_grad_()
+        out = copied(x, wanted)
+        assert torch.equal(out, x[:, list(wanted)])
+        assert out.permute(2, 0, 1, 3).is_contiguous()
+        slope = torch.randn(out.shape).bfloat16()
+        total = torch.zeros(x.shape).index_add_(1, torch.tensor(wanted), slope.float())
+        assert torch.equal(torch.autograd.grad(out, x, slope)[0], total.bfloat16())
 
 
 def test_positions_before_pairing_equal_those_after() -> None:

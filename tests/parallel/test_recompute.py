@@ -1,6 +1,8 @@
 """Recomputed activations: the same bits, less memory, and no product or transfer twice but under full."""
 
+import weakref
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +14,9 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from flashtrain.comm import transport
 from flashtrain.data import Corpus
 from flashtrain.models.decoder import Decoder
+from flashtrain.nn import shared_attention
+from flashtrain.nn.region import Region, region
+from flashtrain.nn.sharing import Sharing
 from flashtrain.parallel.data import Sharding
 from flashtrain.parallel.mesh import Degrees
 from flashtrain.parallel.recompute import Policy, recompute
@@ -35,8 +40,8 @@ class _Counts(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def model_of(policy: Policy) -> Decoder:
-    model = Decoder(CONFIG, torch.Generator().manual_seed(0))
+def model_of(policy: Policy, config: Decoder.Config = CONFIG) -> Decoder:
+    model = Decoder(config, torch.Generator().manual_seed(0))
     recompute(model.layers, policy)
     return model
 
@@ -72,6 +77,61 @@ def test_bits_stay_and_only_the_named_ops_run_again() -> None:
     assert {"aten::mm", attention} <= again["full"]
 
 
+SHARING = {
+    "deferred": Sharing(deferred=True),
+    "layer by layer": Sharing(deferred=False),
+    "source alone": Sharing(deferred=False, grad_to_source=False),
+    "KV": Sharing(share="KV", source="0_0_2_2"),
+    "fresh": Sharing(share="KV", kv_origin="fresh"),
+}
+
+
+@pytest.mark.parametrize("name", SHARING)
+def test_layers_that_share_heads_run_again_to_the_bit(name: str) -> None:
+    config = replace(CONFIG, layers=4, sharing=SHARING[name])
+    found = {}
+    for policy in POLICIES:
+        model = model_of(policy, config)
+        losses = []
+        # The backward passes of two micro-batches come after both forward passes, the first one's first.
+        for tokens in (batch(), batch()[::-1]):
+            losses.append(model(*tokens))
+        with _Counts() as counts:
+            for loss in losses:
+                loss.backward()
+        grads = {name: p.grad for name, p in model.named_parameters() if p.grad is not None}
+        found[policy] = [loss.detach() for loss in losses], grads, counts.ran["aten::silu"]
+        assert not model.layers[-1].attention.handover.regions
+        loss = model(*batch())  # and a third pass, after reruns
+        assert torch.equal(loss, found["none"][0][0])
+    wanted = found.pop("none")
+    for policy, (losses, grads, runs) in found.items():
+        assert list(map(torch.equal, losses, wanted[0])) == [True, True], policy
+        assert grads.keys() == wanted[1].keys()
+        for parameter, gradient in grads.items():
+            assert torch.equal(gradient, wanted[1][parameter]), f"{policy}: {parameter}"
+        assert runs == 2 * config.layers
+
+
+@pytest.mark.parametrize("policy", POLICIES)
+def test_shared_heads_are_let_go_after_the_backward_pass(
+    policy: Policy, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    opened: list[weakref.ref[Region]] = []
+
+    def remembered(*arguments: Any) -> Region:
+        made = region(*arguments)
+        opened.append(weakref.ref(made))
+        return made
+
+    monkeypatch.setattr(shared_attention, "region", remembered)
+    model = model_of(policy, replace(CONFIG, layers=4, sharing=SHARING["layer by layer"]))
+    loss = model(*batch())
+    assert [one() for one in opened] != [None]
+    loss.backward()
+    assert [one() for one in opened] == [None] * len(opened)
+
+
 def test_evaluation_is_left_alone() -> None:
     with torch.no_grad():
         assert torch.equal(model_of("full")(*batch()), model_of("none")(*batch()))
@@ -79,16 +139,26 @@ def test_evaluation_is_left_alone() -> None:
 
 def _ranks(rank: int, world: int, text: Path) -> dict[str, Any]:
     """Losses, gradient norms, and bytes that the last step sent: by policy, and by how blocks are sharded."""
-    variants = {policy: (policy, Sharding()) for policy in POLICIES}
+    variants: dict[str, tuple[Policy, Sharding, Sharing | None]] = {
+        policy: (policy, Sharding(), None) for policy in POLICIES
+    }
     if world > 2:
-        variants |= {"kept": ("none", Sharding(reshard=False)), "ahead": ("full", Sharding(prefetch=2))}
+        variants["kept"] = "none", Sharding(reshard=False), None
+        variants["ahead"] = "full", Sharding(prefetch=2), None
+    for policy in ("none", "pointwise", "full"):
+        variants[f"shared {policy}"] = policy, Sharding(), Sharing()
     results: dict[str, Any] = {}
-    for name, (policy, sharding) in variants.items():
+    for name, (policy, sharding, sharing) in variants.items():
         config = Trainer.Config(
-            model=Decoder.Config(hidden=64, layers=4, heads=4, kv_heads=2, mlp_width=128),
+            model=Decoder.Config(hidden=64, layers=4, heads=4, kv_heads=2, mlp_width=128, sharing=sharing),
             data=Corpus.Config(source=str(text)),
             train=Training(
-                steps=3, batch=4, sequence=30, evaluation_windows=4, recompute=policy, document_mask=True
+                steps=3,
+                batch=4,
+                sequence=30,
+                evaluation_windows=4,
+                recompute=policy,
+                document_mask=sharing is None,
             ),
             parallel=Degrees(tensor=2, data=world // 2),
             comm=transport.Settings(timeout=60),
@@ -110,6 +180,9 @@ def test_bits_stay_under_tensor_and_data_parallelism(world: int, tmp_path: Path)
     for name in "abcdefghijkl":
         (text / f"{name}.txt").write_text(f"document {name} " * 12)
     for results in run_distributed(_ranks, world, text):
+        shared = {name: results.pop(f"shared {name}") for name in ("none", "pointwise", "full")}
+        assert shared["none"] == shared["pointwise"]
+        assert shared["none"][0] == shared["full"][0]
         losses, sent = results.pop("none")
         for name, (other, _) in results.items():
             assert other == losses, name

@@ -13,6 +13,7 @@ from flashtrain.errors import UserError
 from flashtrain.models.decoder import Decoder
 from flashtrain.nn.flowhn import FlowHN
 from flashtrain.nn.hybrid import ParallelHeads, Pattern
+from flashtrain.nn.mamba1 import Mamba1
 from flashtrain.nn.ssm import Mamba2
 from flashtrain.parallel import apply, mesh, sites
 from flashtrain.parallel import ssm as styles
@@ -30,6 +31,8 @@ LAYOUTS: dict[str, Any] = {
     "parallel": ParallelHeads.Config(ssm=GROUPED, join="concat", ssm_multiplier=0.5),
     "flowhn": FlowHN.Config(ssm=GROUPED, align=1, f=0.4),
     "none": FlowHN.Config(ssm=SHARED, align=1, strategy="none", ffn="shared"),
+    "pieces": FlowHN.Config(ssm=Mamba1.Config(states=4), align=1, f=0.4),
+    "channels": Pattern.Config(pattern="M*M", ssm=Mamba1.Config(states=4)),
     "mixers": FlowHN.Config(ssm=SHARED, align=1, ffn="none", f=1 / 3),
 }
 
@@ -69,7 +72,11 @@ def _gradients(rank: int, world: int, tensor: int, data: int, layouts: list[str]
 
 @pytest.mark.parametrize(
     ("tensor", "data", "layouts"),
-    [(2, 1, list(LAYOUTS)), (4, 1, ["shared", "halves", "flowhn"]), (2, 2, ["mixers"])],
+    [
+        (2, 1, list(LAYOUTS)),
+        (4, 1, ["shared", "halves", "flowhn", "channels"]),
+        (2, 2, ["mixers", "channels"]),
+    ],
 )
 def test_gradients_equal_those_of_one_process(tensor: int, data: int, layouts: list[str]) -> None:
     world = tensor * data
@@ -79,7 +86,7 @@ def test_gradients_equal_those_of_one_process(tensor: int, data: int, layouts: l
 def _bits(rank: int, world: int) -> list[set[Any]]:
     poison()
     ranks, found = mesh.build(mesh.Degrees(tensor=world), "cpu"), []
-    for layout in ("shared", "flowhn"):
+    for layout in ("shared", "flowhn", "channels"):
         one = set()
         for settings in (
             transport.Settings(transport="host"),
@@ -96,7 +103,7 @@ def _bits(rank: int, world: int) -> list[set[Any]]:
 
 def test_bits_depend_on_neither_run_nor_transport() -> None:
     for found in run_distributed(_bits, 2):
-        assert [len(bits) for bits in found] == [1, 1]
+        assert [len(bits) for bits in found] == [1, 1, 1]
 
 
 def _one_rank(rank: int, world: int) -> bool:
@@ -126,7 +133,7 @@ def _refused(rank: int, world: int) -> list[str]:
 
 def test_mixers_that_do_not_divide_are_refused() -> None:
     degree = "do not divide by the tensor-parallel degree 2"
-    wanted = ["SSMHeads applies to Mamba2, not to Linear"]
+    wanted = ["SSMHeads applies to Mamba1 and Mamba2, not to Linear"]
     wanted += [f"3 heads in 1 groups of Mamba2 {degree}", f"6 heads in 3 groups of Mamba2 {degree}"]
     assert run_distributed(_refused, 2) == [wanted] * 2
 
@@ -134,7 +141,9 @@ def test_mixers_that_do_not_divide_are_refused() -> None:
 def _sites(rank: int, world: int) -> dict[str, tuple[str, bool]]:
     ranks = mesh.build(mesh.Degrees(tensor=world), "cpu")
     model = apply.parallelize(decoder("flowhn"), ranks)
+    channels = apply.parallelize(decoder("channels"), ranks)
     found = sites.survey(model, ranks, 32, torch.device("cpu"))
+    found += sites.survey(channels, ranks, 32, torch.device("cpu"))
     return {site.name: (site.product, site.overlapped) for site in found if site.name.startswith("layers.0.")}
 
 
@@ -145,6 +154,9 @@ def test_every_product_and_every_transfer_is_a_site() -> None:
         "layers.0.ssm_branch.0.ssm.out": ("[32, 128] x [128, 64]", True),
         "layers.0.attention_branch.0.attention.qkv": ("[32, 64] x [64, 128]", True),
         "layers.0.attention_branch.0.attention.out": ("[32, 64] x [64, 64]", True),
+        "layers.0.ssm": (f"[32, 64] x [64, {2 * 128}]", True),
+        "layers.0.ssm.select": ("", False),
+        "layers.0.ssm.out": ("[32, 128] x [128, 64]", True),
         "layers.0.routing": ("", False),
         "layers.0.fuse": ("", False),
         "layers.0.final": ("", False),

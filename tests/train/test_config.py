@@ -23,11 +23,6 @@ from flashtrain.train.settings import Training
             "document_mask is true, but model.layout knows no",
         ),
         ("epas", Training(document_mask=True), "document_mask is true, but model.sharing knows no"),
-        (
-            "echo",
-            Training(recompute="full"),
-            "recompute is full; layers of model.sharing keep what they",
-        ),
     ],
 )
 def test_settings_that_do_not_go_together_are_named(recipe: str, train: Training, message: str) -> None:
