@@ -98,13 +98,13 @@ uint32_t CopyEngine::open(std::shared_ptr<const Program> program, const std::str
   if (program->sends.empty()) throw std::invalid_argument(program->op + " sends nothing: it needs no transport");
   // Backward passes run on another thread, where no context may be current yet.
   driver_.check(driver_.context_set_current(context_), "cuCtxSetCurrent");
-  const bool follows_another = follows(handle(stream));
-  if (follows_another && handle(stream) != stream_) {
+  follows_ = follows(handle(stream));
+  if (follows_ && handle(stream) != stream_) {
     driver_.check(driver_.stream_wait_event(handle(stream), done_, 0), "cuStreamWaitEvent");
   }
   stream_ = handle(stream);
   if (captured_) {
-    if (!follows_another) meet(site);
+    if (!follows_) meet(site);
     const uint32_t number = epoch_ + 1;
     const auto flight = watchdog_.enroll(number, site, std::move(program), shift(number));
     together(stream_, {{kWriteWord, host_.under_way(rank_), flight->ticket, kWriteAfterEarlierWrites}});
@@ -158,7 +158,10 @@ void CopyEngine::push(const std::vector<uint32_t>& which, const std::vector<uint
   push(which, sources, After::kStream);
 }
 
-void CopyEngine::push_early(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources) {
+void CopyEngine::push_early(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources,
+                            const CopyEngine* settled) {
+  check();
+  if (settled != nullptr) come_after_the_last(*settled);
   push(which, sources, After::kOpening);
 }
 
@@ -221,6 +224,16 @@ void CopyEngine::wait_for_copies() {
 void CopyEngine::come_after_opening() {
   if (behind_opening_) return;
   driver_.check(driver_.stream_wait_event(copies_, begun_, 0), "cuStreamWaitEvent");
+  behind_opening_ = true;
+}
+
+// Two landing buffers suffice all the same: what the argument in the header needs of a push is that it comes after the
+// end of the epoch before.
+void CopyEngine::come_after_the_last(const CopyEngine& other) {
+  if (behind_opening_ || captured_ || !follows_ || other.first_ || other.flight_) return;
+  for (const EventHandle end : {done_, other.done_}) {
+    driver_.check(driver_.stream_wait_event(copies_, end, 0), "cuStreamWaitEvent");
+  }
   behind_opening_ = true;
 }
 

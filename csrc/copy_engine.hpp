@@ -86,8 +86,11 @@ class CopyEngine {
                       const std::vector<uint64_t>& sources);
   // Push sends number `which`, each from its source, once the stream has done what it now holds.
   void push(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources);
-  // The same at once, for payloads that were complete when the operation was opened.
-  void push_early(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources);
+  // The same at once, for payloads that were complete when the operation was opened; with `settled`, for those that were
+  // when the last operation of that engine ended. They then leave as soon as the operation before this one has ended,
+  // whatever the stream has to do until it comes to this one.
+  void push_early(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources,
+                  const CopyEngine* settled = nullptr);
   // Open an operation for `product`, push, and launch its kernel, which waits for arrivals itself; returns the
   // epoch. It stays open, so that more can be done with what has landed, until close().
   uint32_t start(const FusedProduct& product, const std::string& site, uint64_t stream,
@@ -122,6 +125,7 @@ class CopyEngine {
   void push(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources, After after);
   std::vector<uint32_t> all_sends() const;
   void come_after_opening();
+  void come_after_the_last(const CopyEngine& other);
   void copies_end_here();
   void wait_for_copies();
   void wait_on(StreamHandle stream, uint32_t which);
@@ -153,6 +157,7 @@ class CopyEngine {
   std::shared_ptr<const Flight> flight_; // the open operation
   StreamHandle stream_ = nullptr;        // that computes, of the open operation or the last
   bool first_ = true;                    // there was no operation before
+  bool follows_ = false;                 // the open one had another before it
   bool device_flags_ = false, signalled_ = false;
   bool behind_opening_ = false;          // the copy stream comes after the opening
   bool kept_ = false;                    // something is kept that the stream has not waited for

@@ -51,7 +51,7 @@ inline void bind_copy_engine(pybind11::module_& module) {
       .def("open_early", &CopyEngine::open_early, py::arg("program"), py::arg("site"), py::arg("stream"),
            py::arg("sources"), py::call_guard<py::gil_scoped_release>())
       .def("push", py::overload_cast<const Which&, const Sources&>(&CopyEngine::push))
-      .def("push_early", &CopyEngine::push_early)
+      .def("push_early", &CopyEngine::push_early, py::arg("which"), py::arg("sources"), py::arg("settled") = nullptr)
       .def("start", &CopyEngine::start, py::arg("product"), py::arg("site"), py::arg("stream"), py::arg("given"),
            py::call_guard<py::gil_scoped_release>())
       .def("keep", &CopyEngine::keep, py::arg("source"), py::arg("offset"), py::arg("bytes"))

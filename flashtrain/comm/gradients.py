@@ -21,16 +21,26 @@ Multiply = Callable[[Tensor], object]
 class Column(Protocol):
     """``dx_shard [M/W, K] = RS(dy [M, N] · w [N, K])``, and ``multiply`` for ``dw = dyᵀ · AG(x)``."""
 
-    def __call__(self, dy: Tensor, x: Tensor, w: Tensor, site: str, multiply: Multiply) -> Tensor: ...
+    def __call__(
+        self, dy: Tensor, x: Tensor, w: Tensor, site: str, multiply: Multiply, settled: bool = False
+    ) -> Tensor: ...
 
 
 def column(
-    dy: Tensor, x: Tensor, w: Tensor, group: str, site: str, gathered: bool, multiply: Multiply
+    dy: Tensor,
+    x: Tensor,
+    w: Tensor,
+    group: str,
+    site: str,
+    gathered: bool,
+    multiply: Multiply,
+    settled: bool = False,
 ) -> Tensor:
     """``dx_shard [M/W, K] = RS(dy [M, N] · w [N, K])``, and beside it ``multiply`` for the weight's gradient.
 
-    That is ``dw = dyᵀ · AG(x [M/W, K])``; ``x`` is ``[M, K]`` where ``gathered``. Raises UserError if the
-    shard does not fit M, TransportError if a peer fails.
+    That is ``dw = dyᵀ · AG(x [M/W, K])``; ``x`` is ``[M, K]`` where ``gathered``. ``settled``: x was an
+    operand of an earlier operation of ``group`` and is as it was. Raises UserError if the shard does not fit
+    M, TransportError if a peer fails.
     """
     mover = transport.of(group, dy.device)
     key = ("column", gathered, x.shape, dy.shape, dy.dtype, w.shape)
@@ -39,7 +49,7 @@ def column(
         if dy.is_cuda and capturing():
             raise mover.uncaptured(site)
         way = _column_way(mover, key, dy, x, w, group, gathered)
-    return way(dy, x, w, site, multiply)
+    return way(dy, x, w, site, multiply, settled)
 
 
 def _column_way(
@@ -71,7 +81,9 @@ class WholeColumn:
     def __init__(self, scatter: Schedule, gather: Schedule | None, group: str) -> None:
         self.scatter, self.gather, self.group = scatter, gather, group
 
-    def __call__(self, dy: Tensor, x: Tensor, w: Tensor, site: str, multiply: Multiply) -> Tensor:
+    def __call__(
+        self, dy: Tensor, x: Tensor, w: Tensor, site: str, multiply: Multiply, settled: bool = False
+    ) -> Tensor:
         """``dx_shard [M/W, K]``; ``multiply`` gets the gathered x. Raises TransportError if a peer fails."""
         started, mover = clock(), transport.of(self.group, dy.device)
         if self.scatter.kind == "ring":

@@ -26,6 +26,7 @@ from functools import partial
 import torch
 from torch import Tensor
 from torch.autograd import profiler
+from torch.multiprocessing.reductions import StorageWeakRef
 from torch.nn import Parameter
 from torch.utils._python_dispatch import _get_current_dispatch_mode
 
@@ -163,10 +164,15 @@ def column_gradients_into(
     group: str,
     site: str = "",
     gathered: bool = False,
+    settled: bool = False,
 ) -> Tensor:
-    """``column_gradients`` whose weight gradient is added to ``dw``: ``dx_shard [M/W, K]``. No operator."""
+    """``column_gradients`` whose weight gradient is added to ``dw``: ``dx_shard [M/W, K]``. No operator.
+
+    ``settled``: x was an operand of an earlier operation of ``group``, and nothing has written to it since.
+    """
+    multiply = partial(dw.add_product, dy.t())
     with _recorded("flashtrain::column_gradients"):
-        return gradients.column(dy, x, w_shard, group, site, gathered, partial(dw.add_product, dy.t()))
+        return gradients.column(dy, x, w_shard, group, site, gathered, multiply, settled)
 
 
 def _recorded(name: str) -> AbstractContextManager[object]:
@@ -261,6 +267,8 @@ def _all_gather_matmul_context(ctx, inputs, output) -> None:  # type: ignore[no-
     ctx.main = main[0] if main else None
     ctx.returns_gather = ctx.keep_gather or return_gather
     ctx.save_for_backward(output[1] if ctx.keep_gather else x_shard, w_shard)
+    if ctx.main is not None:
+        ctx.x_memory = StorageWeakRef(x_shard.untyped_storage())
     ctx.set_materialize_grads(False)
 
 
@@ -271,7 +279,11 @@ def _all_gather_matmul_backward(ctx, dy: Tensor | None, dx_full: Tensor | None):
     if dy is not None:
         dy = dy.contiguous()
         if wants_dx and wants_dw and ctx.main is not None:
-            dx_shard = column_gradients_into(ctx.main, dy, x, w_shard, ctx.group, ctx.site, ctx.keep_gather)
+            # What was computed again, or brought back from elsewhere, lies in other memory.
+            same = StorageWeakRef(x.untyped_storage()) == ctx.x_memory
+            dx_shard = column_gradients_into(
+                ctx.main, dy, x, w_shard, ctx.group, ctx.site, ctx.keep_gather, same
+            )
         elif wants_dx and wants_dw:
             dx_shard, dw_shard = column_gradients(dy, x, w_shard, ctx.group, ctx.site, ctx.keep_gather)
         elif wants_dx:

@@ -122,10 +122,18 @@ class StreamedColumn:
         return self._stream
 
     def __call__(
-        self, dy: Tensor, x: Tensor, w: Tensor, site: str, multiply: Callable[[Tensor], object]
+        self,
+        dy: Tensor,
+        x: Tensor,
+        w: Tensor,
+        site: str,
+        multiply: Callable[[Tensor], object],
+        settled: bool = False,
     ) -> Tensor:
         """``dx_shard [M/W, K]``; ``multiply`` gets the gathered x. Raises TransportError if a peer fails."""
         started, scatter, gather = clock(), self._scatter, self._gather
+        # Then it leaves while the device is still busy with what comes before: the host is ahead of it.
+        since = scatter.mover if settled and x.is_contiguous() else None
         x, x_epoch = x.contiguous(), 0
         partials = dy.new_empty(dy.shape[0], self._columns)
         # Before the pushes: it is written on their stream, which comes after whatever used this memory.
@@ -141,7 +149,7 @@ class StreamedColumn:
             else:
                 product(dy, w.t(), partials)
             if gather is not None:
-                gather.mover.push_early(gather.sends, gather.sources(x), site)
+                gather.mover.push_early(gather.sends, gather.sources(x), site, since)
                 gather.mover.keep(x.data_ptr(), gather.own_offset, x.nbytes, site)
             epoch = scatter.begin(site)
             under_way.append(scatter.mover)

@@ -237,9 +237,15 @@ class NvlinkTransport(Transport):
         """Push sends of these numbers, each from an address, behind what the stream now holds."""
         self.call(self._engine.push, site, "push", sends, sources)
 
-    def push_early(self, sends: list[int], sources: list[int], site: str) -> None:
-        """The same at once, for what was complete at the beginning."""
-        self.call(self._engine.push_early, site, "push", sends, sources)
+    def push_early(
+        self, sends: list[int], sources: list[int], site: str, settled: "NvlinkTransport | None" = None
+    ) -> None:
+        """The same at once, for what was complete at the beginning.
+
+        What was complete when the last operation of ``settled`` ended need not wait for the beginning.
+        """
+        by = None if settled is None else settled._engine
+        self.call(self._engine.push_early, site, "push", sends, sources, by)
 
     def keep(self, source: int, offset: int, nbytes: int, site: str) -> None:
         """Put what is this rank's own, complete at the beginning, into its landing buffer; behind pushes."""

@@ -6,12 +6,14 @@ import time
 import weakref
 from collections.abc import Iterator
 from contextlib import suppress
+from functools import partial
 from importlib import import_module
 from itertools import product
 from typing import Any
 
 import pytest
 import torch
+from torch import Tensor
 
 from flashtrain.comm.schedule import Schedule, all_gather, all_to_all, reduce_scatter
 from flashtrain.comm.transport.arena import Arena
@@ -208,6 +210,58 @@ def test_a_rank_without_rows_is_waited_for_by_the_others_and_waits_for_them(buil
             check()
 
     Ranks(3).run(main)
+
+
+def test_what_was_complete_before_leaves_while_the_stream_is_busy() -> None:
+    """On a transport beside the one whose last operation says so; each time with other data."""
+    world, rows = 3, (40, 0, 42)
+    asleep = 300_000  # microseconds
+
+    def main(rank: int, ranks: Ranks) -> float:
+        stream, delays = Stream(), random.Random(rank)
+        before, lane = ranks.connect(rank, stream), ranks.connect(rank, stream)
+        for transport in (before, lane):
+            transport.arena.reserve(1 << 20, "at the start")
+        operations = [Fused(before, stream, reduce_scatter(rows, rank), stores) for stores in (False, True)]
+        schedule = all_gather(rows, rank)
+        plan, own, checks, took = lane.plan(schedule, 12), schedule.own_rows, [], 0.0
+        flags = lane._tables[0].view(world, -1)[rank, : world * lane.core.flag_columns].view(world, -1)[:, 0]
+        wholes = [
+            torch.cat([contribution(schedule, source, source, salt) for source in range(world)])
+            for salt in range(30)
+        ]
+        sources, seen = ([torch.zeros_like(whole) for whole in wholes] for _ in range(2))
+        fake_gpu._mapped.append((sources, seen, wholes))
+        for salt, (source, found) in enumerate(zip(sources, seen, strict=True)):
+            if salt % 3 == 0:
+                stream.sleep(500)
+                for later in range(salt, salt + 3):
+                    stream.copy(sources[later], wholes[later])
+                checks.append(operations[salt % 2].start(salt))
+            stream.sleep(asleep if salt == 29 else delays.randrange(1000))
+            began = time.monotonic()
+            epoch = lane.begin(plan, "lane")
+            starts = [source.data_ptr() + 12 * schedule.chunks[send.chunk].offset for send in plan.sends]
+            lane.push_early(list(range(len(starts))), starts, "lane", before)
+            lane.keep(source.data_ptr() + 12 * own.start, 12 * own.start, source[own].nbytes, "lane")
+            lane.wait_for_all("lane")
+            stream.sleep(delays.randrange(1000))
+            stream.copy(found, lane.arena.view(epoch, torch.int32, (schedule.rows, 3)))
+            lane.finish("lane")
+            checks.append(partial(_equal, found, wholes[salt]))
+        while any(int(flags[peer]) < epoch for peer in range(world) if peer != rank):
+            time.sleep(0.001)
+        took = time.monotonic() - began
+        stream.synchronize()
+        for check in checks:
+            check()
+        return took
+
+    assert max(Ranks(world).run(main)) < asleep * 0.5e-6
+
+
+def _equal(found: Tensor, wanted: Tensor) -> None:
+    assert torch.equal(found, wanted)
 
 
 def test_the_tables_live_as_long_as_the_watchdog_that_reads_them() -> None:
