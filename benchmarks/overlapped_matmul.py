@@ -34,11 +34,12 @@ import triton.language as tl
 from torch import Tensor
 
 from flashtrain.comm import schedule
+from flashtrain.kernels.launch import compile_kernel
 from flashtrain.kernels.ordered_sum.triton import ordered_sum
 from flashtrain.kernels.overlapped_matmul.config import Config, configs
-from flashtrain.kernels.overlapped_matmul.launch import compile_kernel
 from flashtrain.kernels.overlapped_matmul.plan import Part
-from flashtrain.kernels.overlapped_matmul.prepared import GatherMatmul, MatmulScatter, Product
+from flashtrain.kernels.overlapped_matmul.prepared import GatherMatmul, MatmulScatter
+from flashtrain.kernels.overlapped_matmul.product import Product
 from flashtrain.kernels.overlapped_matmul.signals import raise_flag, wait_flag
 
 WORLD, RANK = 4, 1
