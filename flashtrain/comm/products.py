@@ -1,6 +1,6 @@
 """The ways in which an overlapped product can be computed, and the choice among them.
 
-    fused      one kernel that waits and signals (``fused``): nvlink on Hopper GPUs
+    fused      one kernel that waits and signals, or stores at the owners (``fused``): nvlink on Hopper GPUs
     chunked    a product a chunk between the transfers (``chunked``): everywhere
     whole      the transfers first, or last, and one product beside none of them
 
