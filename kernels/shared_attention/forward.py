@@ -60,7 +60,7 @@ def _keys(  # type: ignore[no-untyped-def]
 
 
 @triton.jit
-def forward_kernel(  # type: ignore[no-untyped-def]
+def shared_attention_kernel(  # type: ignore[no-untyped-def]
     q,
     k,
     v,

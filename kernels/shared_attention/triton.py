@@ -14,7 +14,7 @@ from flashtrain.kernels.shared_attention.backward import (
     value_gradient_kernel,
 )
 from flashtrain.kernels.shared_attention.config import Blocks
-from flashtrain.kernels.shared_attention.forward import forward_kernel
+from flashtrain.kernels.shared_attention.forward import shared_attention_kernel
 
 _LOG2E = 1.4426950408889634
 _SUM_ROWS = 64
@@ -43,7 +43,7 @@ def _forward(
     # As the projection after attention reads it.
     output = torch.empty(sequence, batch, heads, width, dtype=query.dtype, device=query.device)
     output = output.permute(1, 2, 0, 3)
-    forward_kernel[(triton.cdiv(sequence, blocks.queries), heads, batch)](
+    shared_attention_kernel[(triton.cdiv(sequence, blocks.queries), heads, batch)](
         query,
         key,
         value,

@@ -177,7 +177,7 @@ def ptx(kernel, blocks, **given):
 
 chosen = choice(torch.bfloat16, 64)
 found = {
-    "forward": ptx(forward.forward_kernel, chosen.forward, GIVEN=False),
+    "forward": ptx(forward.shared_attention_kernel, chosen.forward, GIVEN=False),
     "values": ptx(backward.value_gradient_kernel, chosen.values, EVEN=True),
     "source": ptx(backward.key_gradient_kernel, chosen.source, ADD=False, EVEN=True),
     "query": ptx(backward.query_gradient_kernel, chosen.query),

@@ -1,9 +1,12 @@
 """Where a step's time goes: names, and records that overlap."""
 
+import ast
 import random
+from pathlib import Path
 
 import pytest
 
+import flashtrain
 from flashtrain.metrics import step_time
 from flashtrain.metrics.step_time import (
     ATTENTION,
@@ -43,6 +46,47 @@ from flashtrain.metrics.step_time import (
 )
 def test_kernels_are_told_apart_by_their_names(name: str, kind: str) -> None:
     assert step_time.kind_of(name) == kind
+
+
+# What every kernel that a folder of ours launches counts as.
+KERNELS = {
+    "adamw": OPTIMIZER,
+    "causal_conv": POINTWISE,
+    "cross_entropy": LOSS,
+    "gated_norm": POINTWISE,
+    "ordered_sum": EXPOSED,
+    "overlapped_matmul": GEMM,
+    "pairing_attention": ATTENTION,
+    "rms_norm": POINTWISE,
+    "rotary": POINTWISE,
+    "shared_attention": ATTENTION,
+    "ssd": POINTWISE,
+    "swiglu": POINTWISE,
+}
+
+
+def _launched(folder: Path) -> set[str]:
+    """The Triton functions of a folder that no other calls."""
+    nodes = [node for file in folder.glob("*.py") for node in ast.walk(ast.parse(file.read_text()))]
+    jitted = {
+        node.name
+        for node in nodes
+        if isinstance(node, ast.FunctionDef)
+        and any(ast.unparse(one).startswith("triton.jit") for one in node.decorator_list)
+    }
+    called = {
+        node.func.id for node in nodes if isinstance(node, ast.Call) and isinstance(node.func, ast.Name)
+    }
+    return jitted - called
+
+
+def test_every_kernel_of_ours_counts_as_what_its_folder_computes() -> None:
+    folders = {path.parent for path in Path(flashtrain.__path__[0], "kernels").glob("*/*.py")}
+    launched = {folder.name: names for folder in folders if (names := _launched(folder))}
+    found = {(folder, name): step_time.kind_of(name) for folder, names in launched.items() for name in names}
+    assert found == {(folder, name): KERNELS[folder] for folder, name in found}
+    assert {"stored_kernel", "gather_kernel", "scatter_kernel"} == launched["overlapped_matmul"]
+    assert launched.keys() == KERNELS.keys()
 
 
 def test_an_instant_counts_once_and_communication_only_where_nothing_else_runs() -> None:
