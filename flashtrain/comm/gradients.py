@@ -7,7 +7,7 @@ from typing import Any, Protocol
 from torch import Tensor
 
 from flashtrain.comm import bulk, chunked, groups, transport
-from flashtrain.comm.products import gather_way, plan_of, rows_per_rank, scatter_way
+from flashtrain.comm.products import check_device, gather_way, plan_of, rows_per_rank, scatter_way
 from flashtrain.comm.schedule import Schedule, split_rows
 from flashtrain.comm.streamed import StreamedColumn
 from flashtrain.comm.transport.base import Transport, capturing, clock
@@ -40,7 +40,7 @@ def column(
 
     That is ``dw = dyᵀ · AG(x [M/W, K])``; ``x`` is ``[M, K]`` where ``gathered``. ``settled``: x was an
     operand of an earlier operation of ``group`` and is as it was. Raises UserError if the shard does not fit
-    M, TransportError if a peer fails.
+    M or is on another device than the transport, TransportError if a peer fails.
     """
     mover = transport.of(group, dy.device)
     key = ("column", gathered, x.shape, dy.shape, dy.dtype, w.shape)
@@ -48,6 +48,7 @@ def column(
     if way is None:
         if dy.is_cuda and capturing():
             raise mover.uncaptured(site)
+        check_device(mover, site, dy, x, w)
         way = _column_way(mover, key, dy, x, w, group, gathered)
     return way(dy, x, w, site, multiply, settled)
 

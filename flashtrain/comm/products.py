@@ -65,13 +65,15 @@ def plan_of(op: str, counts: tuple[int, ...], group: str, subchunks: int | None 
 def gather_way(x_shard: Tensor, w: Tensor, group: str, rows: int | None, site: str) -> Gather:
     """How ``AG(x_shard [M/W, K]) · w [N, K]ᵀ`` is computed; chosen at the first call for these shapes.
 
-    Raises UserError for operands that do not multiply or a shard that does not fit ``rows``.
+    Raises UserError for operands that do not multiply, a shard that does not fit ``rows``, or another device
+    than the transport's.
     """
     mover = transport.of(group, x_shard.device)
     key = ("all_gather", rows, *_form(x_shard, w))
     found: Gather | None = mover.ways.get(key)
     if found is None:
         _check_operands(x_shard, w)
+        check_device(mover, site, x_shard, w)
         counts = rows_per_rank(x_shard, group, rows)
         plan = plan_of("all_gather", counts, group)
         found = _keep(
@@ -83,13 +85,14 @@ def gather_way(x_shard: Tensor, w: Tensor, group: str, rows: int | None, site: s
 def scatter_way(x: Tensor, w: Tensor, group: str, site: str) -> Scatter:
     """How ``RS(x [M, K] · w [N, K]ᵀ)`` is computed; chosen at the first call for these shapes.
 
-    Raises UserError for operands that do not multiply.
+    Raises UserError for operands that do not multiply or are on another device than the transport's.
     """
     mover = transport.of(group, x.device)
     key = ("reduce_scatter", None, *_form(x, w))
     found: Scatter | None = mover.ways.get(key)
     if found is None:
         _check_operands(x, w)
+        check_device(mover, site, x, w)
         counts = split_rows(x.shape[0], groups.resolve(group).size())
         plan = plan_of("reduce_scatter", counts, group)
         found = _keep(mover, key, _choose(mover, "reduce_scatter", counts, group, plan, x, w, site), x, w)
@@ -116,6 +119,17 @@ def _check_operands(x: Tensor, w: Tensor) -> None:
         )
     if x.dtype != w.dtype:
         raise UserError(f"operands have dtypes {x.dtype} and {w.dtype}; cast one to the other")
+
+
+def check_device(mover: Transport, site: str, *operands: Tensor) -> None:
+    """Raise UserError for an operand on another device than ``mover``'s: the driver's error says less."""
+    for operand in operands:
+        if mover.device not in (None, operand.device):
+            raise UserError(
+                f"{site or 'unnamed site'}: an operand {list(operand.shape)} is on {operand.device}, but "
+                f"rank {mover.rank} moves what is on {mover.device} ({mover.name}): move it with "
+                f'.to("{mover.device}"), or call torch.cuda.set_device before the first tensor is made'
+            )
 
 
 def _choose(

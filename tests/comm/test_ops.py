@@ -6,8 +6,10 @@ import pytest
 import torch
 import torch.distributed as dist
 from torch import Tensor
+from torch._subclasses.fake_tensor import FakeTensorMode
 
-from flashtrain.comm import chunked, collectives, ops, transport
+from flashtrain.comm import chunked, collectives, ops, products, transport
+from flashtrain.comm.gradients import column, row
 from flashtrain.errors import UserError
 from tests.comm import oracle
 from tests.comm.doubles import Late, LosesChunks
@@ -295,6 +297,46 @@ def _cancelling(rows: int, columns: int, inner: int, dtype: torch.dtype) -> tupl
     return torch.cat([x, x], 1)[:, order].to(dtype).contiguous(), torch.cat([w, -w], 1)[:, order].to(
         dtype
     ).contiguous()
+
+
+def test_operands_on_another_device_than_the_transport_are_named() -> None:
+    mover = LosesChunks(0, 2, 1.0)
+    mover.device = torch.device("cuda", 0)
+    transport.assign("of the test", "cuda", mover)
+
+    def call(name: str, *operands: Tensor) -> None:
+        if name == "gather":
+            products.gather_way(*operands, "of the test", None, "layers.3.attention.qkv")
+        elif name == "scatter":
+            products.scatter_way(*operands, "of the test", "layers.3.attention.qkv")
+        elif name == "row":
+            row(operands[0], 8, operands[1].t(), "of the test", "layers.3.attention.qkv", lambda dy: None)
+        else:
+            column(*operands, "of the test", "layers.3.attention.qkv", name == "column", lambda x: None)
+
+    try:
+        with FakeTensorMode():
+            here, there = (
+                [torch.empty(shape, device=f"cuda:{index}") for shape in ((8, 16), (8, 16), (16, 16))]
+                for index in (0, 1)
+            )
+            for name, operands in (
+                ("gather", (there[0], here[2])),
+                ("gather", (here[0], there[2])),
+                ("scatter", (there[0], here[2])),
+                ("scatter", (here[0], there[2])),
+                ("row", (there[0], here[2])),
+                ("column", (there[0], here[1], here[2])),
+                ("column, gathering", (here[0], there[1], here[2])),
+                ("column, gathering", (here[0], here[1], there[2])),
+            ):
+                with pytest.raises(
+                    UserError, match=r"^layers\.3\.attention\.qkv: .* is on cuda:1, but rank 0 "
+                ):
+                    call(name, *operands)
+        assert not mover.ways
+    finally:
+        transport.shutdown()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])

@@ -166,7 +166,7 @@ class Transport(ABC):
     the host, whose clock then knows nothing of what was hidden: ``traffic`` counts bytes and host time only.
     ``one_at_a_time``: an operation must be closed before the next is opened. ``has_kernels``: the fused
     products of ``comm.fused`` run on it. ``captured``: what takes its place while a CUDA graph is captured.
-    ``ways``: how products of which shapes are computed.
+    ``device``: where all tensors must be; None: on any. ``ways``: how products of which shapes are computed.
     """
 
     name: str
@@ -174,6 +174,7 @@ class Transport(ABC):
     one_at_a_time = False
     has_kernels = False
     captured: "Transport | None" = None
+    device: torch.device | None = None
 
     def __init__(self, rank: int, world: int, timeout: float) -> None:
         self.rank, self.world, self.timeout = rank, world, timeout

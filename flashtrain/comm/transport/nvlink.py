@@ -127,6 +127,7 @@ class NvlinkTransport(Transport):
         self._plans: dict[tuple[int, int], Plan] = {}
         self._stream, self._quiesce = stream, quiesce
         self._tables = host_tables, device_table
+        self.device = device_table.memory.device
         self._engine: Any = self.core.CopyEngine(
             driver,
             rank,
@@ -146,8 +147,7 @@ class NvlinkTransport(Transport):
 
     def _use_landings(self, landings: tuple[int, ...], stride: int) -> None:
         # Kept until the end: CUDA graphs may hold the address of an older one.
-        device = self._tables[1].memory.device
-        pages = torch.tensor(self._engine.directory(landings, stride), dtype=torch.int64, device=device)
+        pages = torch.tensor(self._engine.directory(landings, stride), dtype=torch.int64, device=self.device)
         self._directories.append(pages)
         self._engine.use_landings(landings, stride, pages.data_ptr())
 
