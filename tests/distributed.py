@@ -48,7 +48,8 @@ def _rank_main(
         results.put((rank, True, fn(rank, world, *args)))
         # Tensors travel as file descriptors, which this process must hand over while it lives.
         received.wait(60)
-        dist.destroy_process_group()
+        if dist.is_initialized():
+            dist.destroy_process_group()
     except BaseException:
         results.put((rank, False, traceback.format_exc()))
         results.close()
@@ -59,8 +60,9 @@ def _rank_main(
 def run_distributed(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 120) -> list[Any]:
     """Call ``fn(rank, world, *args)`` on ``world`` gloo ranks; return the results in rank order.
 
-    ``fn`` must be a module-level function and results must pickle. The first failing rank's traceback
-    is raised as AssertionError; ranks still alive after ``timeout`` seconds are killed.
+    ``fn`` must be a module-level function and results must pickle; it may end the group. The
+    first failing rank's traceback is raised as AssertionError; ranks still alive after ``timeout`` seconds
+    are killed.
     """
     with tempfile.TemporaryDirectory() as folder:
         results, received = _context.Queue(), _context.Event()
