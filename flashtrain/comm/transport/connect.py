@@ -8,7 +8,8 @@ import torch
 import torch.distributed as dist
 
 from flashtrain.comm.transport import symmetric
-from flashtrain.comm.transport.nvlink import DRIVER, NvlinkTransport, clear_flags
+from flashtrain.comm.transport.messages import clear_flags
+from flashtrain.comm.transport.nvlink import DRIVER, NvlinkTransport
 from flashtrain.comm.transport.pages import SharedPages
 from flashtrain.comm.transport.symmetric import SymmetricBuffer
 from flashtrain.errors import first_line

@@ -26,7 +26,8 @@ from flashtrain.comm import overlap
 from flashtrain.comm.schedule import Expect, Schedule, Send
 from flashtrain.comm.transport.base import Exchange
 from flashtrain.comm.transport.landing import Landing
-from flashtrain.comm.transport.nvlink import NvlinkTransport, clear_flags
+from flashtrain.comm.transport.messages import clear_flags
+from flashtrain.comm.transport.nvlink import NvlinkTransport
 from flashtrain.comm.transport.symmetric import SymmetricBuffer
 
 SOURCE = Path(__file__).resolve().parents[3] / "csrc" / "tests" / "fake_driver.cpp"
