@@ -160,7 +160,6 @@ void CopyEngine::push(const std::vector<uint32_t>& which, const std::vector<uint
 
 void CopyEngine::push_early(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources,
                             const CopyEngine* settled) {
-  check();
   if (settled != nullptr) come_after_the_last(*settled);
   push(which, sources, After::kOpening);
 }
@@ -263,17 +262,20 @@ uint32_t CopyEngine::start(const FusedProduct& product, const std::string& site,
     for (const uint32_t place : product.epoch) values.at(place) = flight_->up;
     const uint64_t pages = sizeof(uint64_t) * 3 * host_.world();
     for (const uint32_t place : product.directory) values.at(place) = directory_ + epoch_ % 2 * pages;
-    const bool pushes = product.directory.empty();
-    // A kernel that raises the peers' flags must not be overtaken by what is still being said of an operation before it.
-    if (!pushes && telling_) order(stream_, copied_, copies_);
-    if (!pushes) telling_ = false;
-    const std::vector<uint32_t> all = all_sends();
-    std::vector<uint64_t> sources = product.offsets;
-    for (uint64_t& source : sources) source += given.at(product.source);
-    if (pushes && product.early) push_early(all, sources);
-    product.launch->start(product.blocks, stream_, values);
-    if (pushes && !product.early) push_signalled(all, sources);
-    if (!pushes) pushed_.assign(pushed_.size(), true);
+    if (product.directory.empty()) {
+      const std::vector<uint32_t> all = all_sends();
+      std::vector<uint64_t> sources = product.offsets;
+      for (uint64_t& source : sources) source += given.at(product.source);
+      if (product.early) push_early(all, sources);
+      product.launch->start(product.blocks, stream_, values);
+      if (!product.early) push_signalled(all, sources);
+    } else {
+      // It raises the peers' flags, and must not be overtaken by what is still being said of an operation before it.
+      if (telling_) order(stream_, copied_, copies_);
+      telling_ = false;
+      product.launch->start(product.blocks, stream_, values);
+      pushed_.assign(pushed_.size(), true);
+    }
     // The kernel waits for rows alone, but what an empty chunk says must have been heard as well. A captured
     // operation waits for the flags in the host table, which are raised last: one that was lowered too early would
     // stay up.
