@@ -8,8 +8,8 @@ transfers, ``scatter`` is the faster kernel.
 import triton
 import triton.language as tl
 
-from flashtrain.kernels.overlapped_matmul.scatter import add_rows
-from flashtrain.kernels.overlapped_matmul.signals import arrive_at_owner, raise_flag, settle, wait_peers
+from flashtrain.kernels.overlapped_matmul.scatter import add_own_tiles
+from flashtrain.kernels.overlapped_matmul.signals import arrive_at_owner, raise_flag, settle
 from flashtrain.kernels.overlapped_matmul.tiles import RECORD, halves, locate, product, store_tile
 
 
@@ -106,14 +106,7 @@ def stored_kernel(  # type: ignore[no-untyped-def]
     )
     arrive_at_owner(counter, expected, flag, told, epoch, needed)
     settle()
-    begin = block + tl.maximum(others - block + blocks - 1, 0) // blocks * blocks
-    for tile in range(begin, tiles, blocks):
-        chunk, _, _, target, rows, first, _, row, column = locate(plan, tile, columns, BM, BN, GROUP)
-        needed = (tile - blocks < first).to(tl.int32)
-        row += wait_peers(arrived + chunk - first_own, stride, WORLD, rank, epoch, stop, needed)
-        for piece in range(0, BM, PIECE):
-            at = target + row + piece
-            mine = rank * own_rows + at
-            add_rows(
-                out, slots, slots, mine, at, column, target + rows, own_rows, width, rank, PIECE, BN, WORLD
-            )
+    add_own_tiles(
+        out, slots, slots, arrived, stop, plan, epoch, others, tiles, columns, width, own_rows, rank,
+        stride, first_own, True, BM, BN, GROUP, WORLD, PIECE,
+    )  # fmt: skip
