@@ -18,6 +18,7 @@ from flashtrain.comm.transport.base import clock
 if TYPE_CHECKING:
     from flashtrain.comm.transport.nvlink import NvlinkTransport
     from flashtrain.kernels.overlapped_matmul.config import Config
+    from flashtrain.kernels.overlapped_matmul.plan import Part
 
 _TMA_BYTES = 16  # bases and row pitches are multiples of it
 _MOST_RANKS = 32  # one warp polls the peers' flags
@@ -149,111 +150,69 @@ class FusedGather(_Fused):
 class FusedScatter(_Fused):
     """``RS(x [M, K] · w [N, K]ᵀ)``, the own rows ``[M/W, N]``, for operands as those that it is made with."""
 
+    pushed = True  # by copy engines, from partials that the kernel leaves in memory
+
     def __init__(
         self, mover: "NvlinkTransport", plan: Schedule, x: Tensor, w: Tensor, config: "Config | None" = None
     ) -> None:
-        from flashtrain.kernels.overlapped_matmul.plan import Part
-        from flashtrain.kernels.overlapped_matmul.prepared import MatmulScatter
-
         super().__init__(mover, plan, w.shape[0], x, w)
         x, w = self._operands(x, w)
         self.columns, own = w.shape[0], plan.own_rows
         self.own_rows = own.stop - own.start
-        # For their shapes alone.
-        partials, out = x.new_empty(plan.rows, self.columns), x.new_empty(self.own_rows, self.columns)
-        slots = x.new_empty(plan.world, self.own_rows, self.columns)
-        parts = []
-        for number, step in enumerate(plan.steps):
-            # Every step but the own chunks' sends what it computes, so its number is that of its signal.
-            owner, offset, rows = plan.chunks[step.compute]
-            parts.append(Part(number, offset, rows, owner == plan.rank))
-        kernel = MatmulScatter(
-            x, w, partials, slots, out, tuple(parts), plan.rank,
-            arrived_stride=mover.core.flag_columns, config=config, spare_sms=SPARE,
-        )  # fmt: skip
+        kernel = self._kernel = self._build(x, w, config)
         place, counters = kernel.names.index, mover.counters(x.device)
-        self._kernel = kernel
+        partials = [[place("store"), place("partials")]] if self.pushed else []
         self.product = mover.core.FusedProduct(
             program=self.messages.program,
             launch=kernel.launch,
             blocks=kernel.blocks,
             values=kernel.template(counters=counters.data_ptr(), ready=mover.signals, stop=mover.stop_word),
-            places=[
-                [place("x_desc")],
-                [place("w_desc")],
-                [place("store"), place("partials")],
-                [place("out")],
-            ],
+            places=[[place("x_desc")], [place("w_desc")], [place("out")], *partials],
             landing=[place("slots")],
             flags=[place("arrived")],
             epoch=[place("epoch")],
-            directory=[],
-            source=2,
+            directory=[] if self.pushed else [place("directory")],
+            source=3,
             offsets=[plan.chunks[send.chunk].offset * self.row_bytes for send in self.messages.sends],
             early=False,
         )
 
-    def __call__(self, x: Tensor, w: Tensor, site: str) -> Tensor:
-        """The own rows ``[M/W, N]``. Raises TransportError if a peer has failed."""
-        started, mover = clock(), self.mover
-        x, w = self._operands(x, w)
-        partials = x.new_empty(self.rows, self.columns)
-        out = x.new_empty(self.own_rows, self.columns)
-        self._start([x.data_ptr(), w.data_ptr(), partials.data_ptr(), out.data_ptr()], site)
-        mover.finish(site)
-        mover.traffic.operating += clock() - started
-        return out
+    def _build(self, x: Tensor, w: Tensor, config: "Config | None") -> Any:
+        """The kernel, prepared; it takes the shapes of buffers from stand-ins."""
+        from flashtrain.kernels.overlapped_matmul.prepared import MatmulScatter, StoredScatter
 
+        slots = x.new_empty(self.plan.world, self.own_rows, self.columns)
+        last = slots, x.new_empty(self.own_rows, self.columns), self._parts(), self.plan.rank
+        options: Any = {"arrived_stride": self.mover.core.flag_columns, "config": config, "spare_sms": SPARE}
+        if self.pushed:
+            return MatmulScatter(x, w, x.new_empty(self.rows, self.columns), *last, **options)
+        return StoredScatter(x, w, *last, **options)
 
-class StoredScatter(_Fused):
-    """``FusedScatter`` whose kernel stores partials at their owners: no copy engine takes part."""
-
-    def __init__(
-        self, mover: "NvlinkTransport", plan: Schedule, x: Tensor, w: Tensor, config: "Config | None" = None
-    ) -> None:
+    def _parts(self) -> "tuple[Part, ...]":
         from flashtrain.kernels.overlapped_matmul.plan import Part
-        from flashtrain.kernels.overlapped_matmul.prepared import StoredScatter as Kernel
 
-        super().__init__(mover, plan, w.shape[0], x, w)
-        x, w = self._operands(x, w)
-        self.columns, own = w.shape[0], plan.own_rows
-        self.own_rows = own.stop - own.start
-        # For their shapes alone.
-        out = x.new_empty(self.own_rows, self.columns)
-        slots = x.new_empty(plan.world, self.own_rows, self.columns)
-        parts = []
+        plan, parts = self.plan, []
         for number, step in enumerate(plan.steps):
+            # Every step but the own chunks' sends what it computes, so its number is that of its signal.
             owner, offset, rows = plan.chunks[step.compute]
             landing = self.messages.landing.span(owner, step.compute, plan.rank).start
             column = step.compute % plan.subchunks
             parts.append(Part(number, offset, rows, owner == plan.rank, owner, landing, column))
-        kernel = Kernel(
-            x, w, slots, out, tuple(parts), plan.rank,
-            arrived_stride=mover.core.flag_columns, config=config, spare_sms=SPARE,
-        )  # fmt: skip
-        place, counters = kernel.names.index, mover.counters(x.device)
-        self._kernel = kernel
-        self.product = mover.core.FusedProduct(
-            program=self.messages.program,
-            launch=kernel.launch,
-            blocks=kernel.blocks,
-            values=kernel.template(counters=counters.data_ptr(), stop=mover.stop_word),
-            places=[[place("x_desc")], [place("w_desc")], [place("out")]],
-            landing=[place("slots")],
-            flags=[place("arrived")],
-            epoch=[place("epoch")],
-            directory=[place("directory")],
-            source=0,
-            offsets=[],
-            early=False,
-        )
+        return tuple(parts)
 
     def __call__(self, x: Tensor, w: Tensor, site: str) -> Tensor:
         """The own rows ``[M/W, N]``. Raises TransportError if a peer has failed."""
         started, mover = clock(), self.mover
         x, w = self._operands(x, w)
         out = x.new_empty(self.own_rows, self.columns)
-        self._start([x.data_ptr(), w.data_ptr(), out.data_ptr()], site)
+        partials = [x.new_empty(self.rows, self.columns)] if self.pushed else []
+        self._start([tensor.data_ptr() for tensor in (x, w, out, *partials)], site)
         mover.finish(site)
         mover.traffic.operating += clock() - started
         return out
+
+
+class StoredScatter(FusedScatter):
+    """``FusedScatter`` whose kernel stores partials at their owners: no copy engine takes part."""
+
+    pushed = False
