@@ -50,13 +50,12 @@ def cudnn(query: Tensor, key: Tensor, value: Tensor, deterministic: bool = False
     Raises UserError where a version of torch gives another log-sum-exp than that one reads.
     """
     keeps = torch.is_grad_enabled() and any(part.requires_grad for part in (query, key, value))
-    out: Tensor
     if keeps and deterministic:
-        out = _Cudnn.apply(query, key, value)
-        return out
-    out = _aten._scaled_dot_product_cudnn_attention(
-        query, key, value, None, compute_log_sumexp=keeps, is_causal=True
-    )[0]
+        out: Tensor = _Cudnn.apply(query, key, value)
+    else:
+        out, *_ = _aten._scaled_dot_product_cudnn_attention(
+            query, key, value, None, compute_log_sumexp=keeps, is_causal=True
+        )
     return out
 
 
