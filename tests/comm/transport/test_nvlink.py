@@ -1,4 +1,4 @@
-"""The nvlink transport on real GPUs; what can be seen without one is in test_nvlink_on_threads.py."""
+"""The nvlink transport on real GPUs; what can be seen without one is in the files on threads."""
 
 from pathlib import Path
 

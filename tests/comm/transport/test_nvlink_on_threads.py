@@ -1,11 +1,10 @@
-"""The nvlink transport on GPUs made of threads: order, reuse of buffers, flags that wrap, peers that stop."""
+"""The nvlink transport on GPUs made of threads: order, reuse of buffers, flags that wrap."""
 
 import gc
 import random
 import time
 import weakref
 from collections.abc import Iterator
-from contextlib import suppress
 from functools import partial
 from importlib import import_module
 from itertools import product
@@ -17,10 +16,7 @@ from torch import Tensor
 
 from flashtrain.comm.schedule import Schedule, all_gather, all_to_all, reduce_scatter
 from flashtrain.comm.transport.arena import Arena
-from flashtrain.comm.transport.base import Exchange
-from flashtrain.comm.transport.nvlink import NvlinkTransport
 from flashtrain.comm.transport.symmetric import SymmetricBuffer
-from flashtrain.errors import TransportError, UserError
 from tests.comm.transport import fake_gpu
 from tests.comm.transport.fake_gpu import Fused, Kept, Operation, Ranks, Stream, contribution, random_rows
 
@@ -362,125 +358,5 @@ def test_an_operation_ends_with_all_its_arrivals() -> None:
         stream.synchronize()
         theirs = slice(50 * (1 - rank), 50 * (2 - rank))
         assert torch.equal(landed[theirs], contribution(schedule, 1 - rank, 1 - rank, 0))
-
-    Ranks(2).run(main)
-
-
-def test_an_arena_beyond_its_budget_is_refused_on_every_rank() -> None:
-    def main(rank: int, ranks: Ranks) -> str:
-        transport = ranks.connect(rank, Stream(), arena_bytes=4 << 20)
-        with (
-            pytest.raises(UserError) as caught,
-            transport.open(all_gather((200_000,) * 2, rank), "up") as exchange,
-        ):
-            exchange.landing_buffer(torch.empty(0), (3,))
-        return str(caught.value)
-
-    for message in Ranks(2).run(main):
-        assert message.startswith("up needs landing buffers of 2 x 6 MiB, but comm.arena_bytes allows 4 MiB")
-
-
-def test_ranks_that_need_different_buffers_are_told() -> None:
-    def main(rank: int, ranks: Ranks) -> str:
-        transport = ranks.connect(rank, Stream())
-        with pytest.raises(TransportError) as caught:
-            transport.arena.reserve((1 + rank) << 21, "up")
-        return str(caught.value)
-
-    for message in Ranks(2).run(main):
-        assert message.startswith(
-            "up: ranks need landing buffers of different sizes (bytes: 2097152, 4194304)"
-        )
-
-
-def _run_until_it_raises(
-    transport: NvlinkTransport, stream: Stream, schedule: Schedule, pause: float
-) -> tuple[str, int]:
-    """What it said, and at which operation."""
-    for salt in range(1, 60):
-        try:
-            Operation(transport, stream, schedule, salt)
-        except TransportError as error:
-            return str(error), salt
-        stream.synchronize()  # returns though a peer is silent
-        time.sleep(pause)
-    raise AssertionError("nothing was raised")
-
-
-@pytest.mark.parametrize("build", [all_gather, reduce_scatter])
-def test_a_peer_that_stops_is_named_on_every_rank(build: Any) -> None:
-    fake_gpu.delay(0)
-    rows, stopped = (8, 8, 8), 1
-
-    def main(rank: int, ranks: Ranks) -> tuple[str, float, int]:
-        stream = Stream()
-        transport = ranks.connect(rank, stream, timeout=0.4)
-        Operation(transport, stream, build(rows, rank), 0)
-        stream.synchronize()
-        ranks.exchange(rank, "")
-        started = time.monotonic()
-        if rank == stopped:
-            time.sleep(1.2)
-        caught, salt = _run_until_it_raises(transport, stream, build(rows, rank), pause=0.0)
-        took = time.monotonic() - started
-        with pytest.raises(TransportError, match=r"operation|chunk"):
-            transport.open(build(rows, rank), "afterwards").landing_buffer(torch.empty(0), ())
-        return caught, took, salt
-
-    for rank, (message, took, salt) in enumerate(Ranks(3).run(main)):
-        assert message.startswith(f"rank {rank}: site ")
-        assert f": {build.__name__} step " in message or "(operation " in message
-        assert took < 2.5
-        if rank != stopped:
-            assert "site 1: " in message
-            assert "peer rank 1" in message or "of rank 1 never arrived" in message
-            assert salt <= 3
-        else:
-            assert "gave up" in message
-
-
-def test_an_exception_within_an_operation_ends_it_for_the_peers_too() -> None:
-    fake_gpu.delay(0)
-
-    def main(rank: int, ranks: Ranks) -> str:
-        stream = Stream()
-        transport = ranks.connect(rank, stream, timeout=20)
-        schedule = reduce_scatter((8, 8), rank)
-        started = time.monotonic()
-        if rank == 1:
-            with suppress(ZeroDivisionError), transport.open(schedule, "down") as exchange:
-                exchange.landing_buffer(torch.empty(0), (3,))
-                raise ZeroDivisionError
-        caught, _ = _run_until_it_raises(transport, stream, schedule, pause=0.05)
-        assert time.monotonic() - started < 10
-        return caught
-
-    first, second = Ranks(2).run(main)
-    assert "chunk 0, peer rank 1: rank 1 gave up this operation" in first
-    assert second == "rank 1: down: reduce_scatter (operation 1): an exception broke it off"
-
-
-def test_misuse_raises() -> None:
-    def main(rank: int, ranks: Ranks) -> None:
-        stream = Stream()
-        transport = ranks.connect(rank, stream)
-        schedule = all_gather((4, 4), rank)
-        like = torch.zeros(4, 3)
-        idle: Exchange = transport.open(schedule, "idle")
-        idle.close()  # nothing had begun
-        with pytest.raises(ValueError, match="ask for the landing buffer first"):
-            transport.open(schedule, "x").begin(lambda send: like)
-        with pytest.raises(ValueError, match="more chunks a rank than the 256 that have flags"):
-            transport.plan(all_gather((4, 4), rank, subchunks=300), 4)
-        with transport.open(schedule, "first") as exchange:
-            exchange.landing_buffer(like, (3,))
-            with pytest.raises(TransportError, match="an operation is open; give operations that overlap"):
-                transport.open(schedule, "second").landing_buffer(like, (3,))
-            with pytest.raises(ValueError, match="payload of chunk"):
-                exchange.begin(lambda send: torch.zeros(3, 3))
-            exchange.begin(lambda send: like)
-        stream.synchronize()
-        with pytest.raises(RuntimeError, match="there is no CUDA driver"):
-            ranks.connect(rank, stream, driver="libthere-is-none.so")
 
     Ranks(2).run(main)
