@@ -72,6 +72,9 @@ void CopyEngine::wait_and_lower() {
   for (uint32_t send = 0; signalled_ && send < pushed_.size(); ++send) {
     words.push_back({kWriteWord, signal(send), 0, kWriteAfterEarlierWrites});
   }
+  for (uint32_t send = 0; carried_ && send < pushed_.size(); ++send) {
+    words.push_back({kWriteWord, device_.flag(rank_, rank_, send), 0, kWriteAfterEarlierWrites});
+  }
   words.push_back({kWriteWord, host_.under_way(rank_), 0, kWriteAfterEarlierWrites});
   words.push_back({kWriteWord, host_.ended(rank_), 1, kWriteAfterEarlierWrites});
   together(stream_, std::move(words));

@@ -116,7 +116,7 @@ uint32_t CopyEngine::open(std::shared_ptr<const Program> program, const std::str
   }
   epoch_ = flight_->epoch;
   device_flags_ = device_flags;
-  first_ = behind_opening_ = signalled_ = kept_ = ended_ = false;
+  first_ = behind_opening_ = signalled_ = carried_ = kept_ = ended_ = false;
   pushed_.assign(flight_->program->sends.size(), false);
   awaited_.assign(flight_->program->arrivals.size(), false);
   if (!captured_ && epoch_ % kRefresh == 0) refresh_flags();
@@ -248,33 +248,46 @@ void CopyEngine::keep(uint64_t source, uint64_t offset, uint64_t bytes) {
   ended_ = false;
 }
 
+void CopyEngine::launch(const KernelCall& call, StreamHandle stream, const std::vector<uint64_t>& given) {
+  std::vector<uint64_t> values = call.values;
+  const auto fill = [&values](const std::vector<uint32_t>& places, uint64_t value) {
+    for (const uint32_t place : places) values.at(place) = value;
+  };
+  for (size_t number = 0; number < given.size(); ++number) fill(call.places[number], given[number]);
+  fill(call.landing, landings_[rank_] + epoch_ % 2 * stride_);
+  fill(call.flags, device_.flag(rank_, 0, flight_->shift));
+  fill(call.epoch, flight_->up);
+  fill(call.directory, directory_ + epoch_ % 2 * (sizeof(uint64_t) * 3 * host_.world()));
+  fill(call.signals, device_.flag(rank_, rank_, 0));
+  call.launch->start(call.blocks, stream, values);
+}
+
 uint32_t CopyEngine::start(const FusedProduct& product, const std::string& site, uint64_t stream,
                            const std::vector<uint64_t>& given) {
-  if (given.size() != product.places.size()) throw std::invalid_argument("a product is given too few addresses");
+  if (given.size() != product.product.places.size()) throw std::invalid_argument("a product is given too few addresses");
   open(product.program, site, stream, true);
   try {
-    std::vector<uint64_t> values = product.values;
-    for (size_t number = 0; number < given.size(); ++number) {
-      for (const uint32_t place : product.places[number]) values.at(place) = given[number];
-    }
-    for (const uint32_t place : product.landing) values.at(place) = landings_[rank_] + epoch_ % 2 * stride_;
-    for (const uint32_t place : product.flags) values.at(place) = device_.flag(rank_, 0, flight_->shift);
-    for (const uint32_t place : product.epoch) values.at(place) = flight_->up;
-    const uint64_t pages = sizeof(uint64_t) * 3 * host_.world();
-    for (const uint32_t place : product.directory) values.at(place) = directory_ + epoch_ % 2 * pages;
-    if (product.directory.empty()) {
+    if (product.carrier) {
+      // In this order where streams share a hardware queue: what stands behind another there need not wait for it.
+      come_after_opening();
+      if (product.early) launch(*product.carrier, copies_, given);
+      launch(product.product, stream_, given);
+      if (!product.early) launch(*product.carrier, copies_, given);
+      carried_ = !product.early;
+      pushed_.assign(pushed_.size(), true);
+    } else if (!product.product.directory.empty()) {
+      // It raises the peers' flags, and must not be overtaken by what is still being said of an operation before it.
+      if (telling_) order(stream_, copied_, copies_);
+      telling_ = false;
+      launch(product.product, stream_, given);
+      pushed_.assign(pushed_.size(), true);
+    } else {
       const std::vector<uint32_t> all = all_sends();
       std::vector<uint64_t> sources = product.offsets;
       for (uint64_t& source : sources) source += given.at(product.source);
       if (product.early) push_early(all, sources);
-      product.launch->start(product.blocks, stream_, values);
+      launch(product.product, stream_, given);
       if (!product.early) push_signalled(all, sources);
-    } else {
-      // It raises the peers' flags, and must not be overtaken by what is still being said of an operation before it.
-      if (telling_) order(stream_, copied_, copies_);
-      telling_ = false;
-      product.launch->start(product.blocks, stream_, values);
-      pushed_.assign(pushed_.size(), true);
     }
     // The kernel waits for rows alone, but what an empty chunk says must have been heard as well. A captured
     // operation waits for the flags in the host table, which are raised last: one that was lowered too early would

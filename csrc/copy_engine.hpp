@@ -3,6 +3,7 @@
 
 #include <cstdint>
 #include <memory>
+#include <optional>
 #include <string>
 #include <vector>
 
@@ -13,23 +14,29 @@
 
 namespace flashtrain {
 
-// A product in one kernel whose operand arrives, or whose result leaves, chunk by chunk while it runs.
-struct FusedProduct {
-  std::shared_ptr<const Program> program;
+// A kernel of an operation, and what of it changes from call to call.
+struct KernelCall {
   std::shared_ptr<Launch> launch;
   uint32_t blocks;
   // Parameters that are the same in every call; the others are filled in from what the caller gives.
   std::vector<uint64_t> values;
   std::vector<std::vector<uint32_t>> places;  // of each address that the caller gives: the parameters that take it
-  // Parameters that take this rank's landing buffer, its flags, and what they hold when they are up.
-  std::vector<uint32_t> landing, flags, epoch;
-  // Parameters that take this rank's directory. With any, the kernel itself stores at the peers and raises their
-  // flags, and nothing is pushed.
-  std::vector<uint32_t> directory;
-  // Sends are read from this one of the given addresses, each so many bytes from it.
+  // Parameters that take this rank's landing buffer, its flags, what they hold when they are up, this rank's directory,
+  // and the words in which kernels of this rank tell each other that a payload is ready, one a send.
+  std::vector<uint32_t> landing, flags, epoch, directory, signals;
+};
+
+// A product in one kernel whose operand arrives, or whose result leaves, chunk by chunk while it runs.
+struct FusedProduct {
+  std::shared_ptr<const Program> program;
+  KernelCall product;
+  // Who pushes. A carrier is a kernel that runs beside the product, on multiprocessors of its own. A product with a
+  // directory stores at the peers itself. Both raise the peers' flags. Else copy engines push.
+  std::optional<KernelCall> carrier;
+  // Copy engines read sends from this one of the given addresses, each so many bytes from it.
   uint32_t source;
   std::vector<uint64_t> offsets;
-  bool early;  // they are complete when the operation begins; else the kernel signals each
+  bool early;  // sends are complete when the operation begins; else the kernel signals each
 };
 
 // Operations run one after the other, in the same order on every rank; each is an epoch. Nothing here blocks
@@ -91,7 +98,7 @@ class CopyEngine {
   // whatever the stream has to do until it comes to this one.
   void push_early(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources,
                   const CopyEngine* settled = nullptr);
-  // Open an operation for `product`, push, and launch its kernel, which waits for arrivals itself; returns the
+  // Open an operation for `product`, push, and launch its kernels, which wait for arrivals themselves; returns the
   // epoch. It stays open, so that more can be done with what has landed, until close().
   uint32_t start(const FusedProduct& product, const std::string& site, uint64_t stream,
                  const std::vector<uint64_t>& given);
@@ -121,6 +128,7 @@ class CopyEngine {
   // Push, each when a kernel of this rank has set word signal(send) to the epoch. Launch that kernel first:
   // where streams share a hardware queue, it would stand behind the wait.
   void push_signalled(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources);
+  void launch(const KernelCall& call, StreamHandle stream, const std::vector<uint64_t>& given);
   uint64_t signal(uint32_t send) const;
   void push(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources, After after);
   std::vector<uint32_t> all_sends() const;
@@ -159,6 +167,7 @@ class CopyEngine {
   bool first_ = true;                    // there was no operation before
   bool follows_ = false;                 // the open one had another before it
   bool device_flags_ = false, signalled_ = false;
+  bool carried_ = false;                 // by a kernel, whom the product tells in device memory
   bool behind_opening_ = false;          // the copy stream comes after the opening
   bool kept_ = false;                    // something is kept that the stream has not waited for
   bool ended_ = false;                   // copied_ was recorded behind all copies

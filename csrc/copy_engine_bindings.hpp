@@ -21,17 +21,24 @@ inline void bind_copy_engine(pybind11::module_& module) {
            py::arg("sends"), py::arg("arrivals"));
 
   using Places = std::vector<uint32_t>;
-  py::class_<FusedProduct>(module, "FusedProduct")
-      .def(py::init([](std::shared_ptr<Program> program, std::shared_ptr<Launch> launch, uint32_t blocks,
-                       std::vector<uint64_t> values, std::vector<Places> places, Places landing, Places flags,
-                       Places epoch, Places directory, uint32_t source, std::vector<uint64_t> offsets, bool early) {
-             return FusedProduct{std::move(program), std::move(launch), blocks, std::move(values), std::move(places),
-                                 std::move(landing), std::move(flags), std::move(epoch), std::move(directory), source,
-                                 std::move(offsets), early};
+  py::class_<KernelCall>(module, "KernelCall")
+      .def(py::init([](std::shared_ptr<Launch> launch, uint32_t blocks, std::vector<uint64_t> values,
+                       std::vector<Places> places, Places landing, Places flags, Places epoch, Places directory,
+                       Places signals) {
+             return KernelCall{std::move(launch), blocks, std::move(values), std::move(places), std::move(landing),
+                               std::move(flags), std::move(epoch), std::move(directory), std::move(signals)};
            }),
-           py::arg("program"), py::arg("launch"), py::arg("blocks"), py::arg("values"), py::arg("places"),
-           py::arg("landing"), py::arg("flags"), py::arg("epoch"),
-           py::arg("directory"), py::arg("source"), py::arg("offsets"), py::arg("early"));
+           py::arg("launch"), py::arg("blocks"), py::arg("values"), py::arg("places"), py::arg("landing") = Places{},
+           py::arg("flags") = Places{}, py::arg("epoch") = Places{}, py::arg("directory") = Places{},
+           py::arg("signals") = Places{});
+  py::class_<FusedProduct>(module, "FusedProduct")
+      .def(py::init([](std::shared_ptr<Program> program, const KernelCall& product,
+                       const std::optional<KernelCall>& carrier, uint32_t source, std::vector<uint64_t> offsets,
+                       bool early) {
+             return FusedProduct{std::move(program), product, carrier, source, std::move(offsets), early};
+           }),
+           py::arg("program"), py::arg("product"), py::arg("carrier"), py::arg("source"), py::arg("offsets"),
+           py::arg("early"));
 
   using Which = std::vector<uint32_t>;
   using Sources = std::vector<uint64_t>;

@@ -1,11 +1,13 @@
 """A schedule and its products in one kernel (tier T1): nvlink on Hopper GPUs, bf16 and fp16.
 
 The kernel of a gather waits for each chunk's flag itself; that of a scatter signals each chunk, or stores it
-where it goes, and adds what has arrived to its own rows. The host makes one call into C++ an operation,
-which enqueues all copies, flags and the kernel. The bits of a product do not depend on tiles, sub-chunks or
-arrival.
+where it goes, and adds what has arrived to its own rows. Chunks are moved by copy engines, or by carriers: a
+kernel beside the product, on multiprocessors of its own (``kernels/overlapped_matmul/carry``). The host makes
+one call into C++ an operation, which enqueues all copies, flags and kernels. The bits of a product do not
+depend on tiles, sub-chunks, arrival or who moves them.
 """
 
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -17,6 +19,7 @@ from flashtrain.comm.transport.base import clock
 
 if TYPE_CHECKING:
     from flashtrain.comm.transport.nvlink import NvlinkTransport
+    from flashtrain.kernels.overlapped_matmul.carry import Cargo
     from flashtrain.kernels.overlapped_matmul.config import Config
     from flashtrain.kernels.overlapped_matmul.plan import Part
 
@@ -24,6 +27,8 @@ _TMA_BYTES = 16  # bases and row pitches are multiples of it
 _MOST_RANKS = 32  # one warp polls the peers' flags
 # One multiprocessor is left to other kernels while this one spins.
 SPARE = 1
+# Of carriers that gather: one stores while the other waits until what it stored has arrived.
+_GATHERING_TEAMS = 2
 
 
 def refusal(plan: Schedule, x: Tensor, w: Tensor) -> str | None:
@@ -42,17 +47,54 @@ def refusal(plan: Schedule, x: Tensor, w: Tensor) -> str | None:
     return None
 
 
+def gathered_cargos(plan: Schedule, row_bytes: int, ranges: list[tuple[int, int]]) -> "list[Cargo]":
+    """Each own chunk for all peers, one range of columns ``[begin, end)`` after the other."""
+    from flashtrain.kernels.overlapped_matmul.carry import UNIT_BYTES, Cargo
+
+    found, pitch = [], row_bytes // UNIT_BYTES
+    columns = ranges[-1][1] // pitch  # of a unit
+    for sub, chunk in enumerate(plan.own):
+        _, offset, rows = plan.chunks[chunk]
+        for part, (begin, end) in enumerate(ranges):
+            first, width = begin // columns, (end - begin) // columns
+            start, column = (offset - plan.own_rows.start) * pitch + first, sub * len(ranges) + part
+            found.append(Cargo(start, rows, width, pitch, offset * pitch + first, column, 0, 0))
+    return found
+
+
+def scattered_cargos(parts: "tuple[Part, ...]", row_bytes: int) -> "list[Cargo]":
+    """Each partial for its owner, once the product has signalled it."""
+    from flashtrain.kernels.overlapped_matmul.carry import UNIT_BYTES, Cargo
+
+    width = row_bytes // UNIT_BYTES
+    found = []
+    for chunk, offset, rows, own, owner, landing, column in parts:
+        if not own:
+            found.append(Cargo(offset * width, rows, width, width, landing * width, column, owner, chunk))
+    return found
+
+
 class _Fused:
-    """An operation prepared for fixed shapes, strides and chunks."""
+    """An operation prepared for fixed shapes, strides and chunks; without ``carriers`` copy engines push."""
 
     product: Any  # of flashtrain._core
     _kernel: Any
 
-    def __init__(self, mover: "NvlinkTransport", plan: Schedule, columns: int, x: Tensor, w: Tensor) -> None:
+    def __init__(
+        self,
+        mover: "NvlinkTransport",
+        plan: Schedule,
+        columns: int,
+        x: Tensor,
+        w: Tensor,
+        carriers: int = 0,
+        parts: int = 1,
+    ) -> None:
         self.mover, self.plan, self.rows = mover, plan, plan.rows
         self.row_bytes = columns * x.itemsize
         self.own_offset = plan.own_rows.start * self.row_bytes
-        self.messages = mover.plan(plan, self.row_bytes)
+        self.messages = mover.plan(plan, self.row_bytes, parts)
+        self.carriers, self.parts, self.spare = carriers, parts, SPARE + carriers
         pitch = w.stride(0) if w.stride(1) == 1 else w.stride(1) if w.stride(0) == 1 else 1
         self._copies_weight = pitch * w.itemsize % _TMA_BYTES != 0
 
@@ -69,8 +111,40 @@ class _Fused:
     def on(self, mover: "NvlinkTransport", x: Tensor, w: Tensor) -> "_Fused":
         """The same on another transport, for ``x [rows, K]`` and ``w [N, K]`` as those before."""
         again: Any = type(self)  # of which this is the base
-        made: _Fused = again(mover, self.plan, x, w, self._kernel.config)
+        options = {"carriers": self.carriers} | ({"parts": self.parts} if self.parts > 1 else {})
+        made: _Fused = again(mover, self.plan, x, w, self._kernel.config, **options)
         return made
+
+    def _carrier(
+        self, cargos: "Callable[[], list[Cargo]]", source: int, given: int, device: torch.device
+    ) -> Any:
+        """Who carries ``cargos`` of address number ``source`` among ``given``; None for copy engines."""
+        if not self.carriers:
+            return None
+        from flashtrain.kernels.overlapped_matmul.carry import Carrier
+
+        mover, plan = self.mover, self.plan
+        carrier = Carrier(
+            cargos(),
+            self.carriers,
+            every=plan.gathers,
+            teams=_GATHERING_TEAMS if plan.gathers else plan.world - 1,
+            rank=plan.rank,
+            world=plan.world,
+            device=device,
+        )
+        self._keep = carrier  # whose cargos the kernel reads
+        place = carrier.names.index
+        counters = mover.counters(device)[mover.core.flag_columns :]
+        return mover.core.KernelCall(
+            launch=carrier.launch,
+            blocks=carrier.blocks,
+            values=carrier.template(counters=counters.data_ptr(), stop=mover.stop_word),
+            places=[[place("source")] if number == source else [] for number in range(given)],
+            epoch=[place("epoch")],
+            directory=[place("directory")],
+            signals=[place("ready")],
+        )
 
     def _start(self, given: list[int], site: str) -> int:
         self.mover.hold(self)
@@ -87,11 +161,14 @@ class FusedGather(_Fused):
         x_shard: Tensor,
         w: Tensor,
         config: "Config | None" = None,
+        *,
+        carriers: int = 0,
+        parts: int = 1,
     ) -> None:
         from flashtrain.kernels.overlapped_matmul.plan import Part
         from flashtrain.kernels.overlapped_matmul.prepared import GatherMatmul
 
-        super().__init__(mover, plan, x_shard.shape[1], x_shard, w)
+        super().__init__(mover, plan, x_shard.shape[1], x_shard, w, carriers, parts)
         x_shard, w = self._operands(x_shard, w)
         self.columns, own = w.shape[0], plan.own_rows
         # For their shapes alone.
@@ -99,19 +176,20 @@ class FusedGather(_Fused):
             x_shard.new_empty(plan.rows, x_shard.shape[1]),
             x_shard.new_empty(plan.rows, self.columns),
         )
-        parts = []
+        chunks = []
         for step in plan.steps:
             owner, offset, rows = plan.chunks[step.compute]
             # A chunk's flag is where its owner raises it: its row of the table, its place among the sends.
-            number = owner * mover.core.flag_columns + step.compute % plan.subchunks
-            parts.append(Part(number, offset, rows, owner == plan.rank))
-        kernel = GatherMatmul(x_shard, landing, w, y, tuple(parts), config=config, spare_sms=SPARE)
+            number = owner * mover.core.flag_columns + step.compute % plan.subchunks * parts
+            chunks.append(Part(number, offset, rows, owner == plan.rank))
+        kernel = GatherMatmul(
+            x_shard, landing, w, y, tuple(chunks), parts=parts, config=config, spare_sms=self.spare
+        )
         place = kernel.names.index
         # Without own rows nothing is read through their descriptor, which must be valid all the same.
         empty = own.start == own.stop
         self._kernel = kernel
-        self.product = mover.core.FusedProduct(
-            program=self.messages.program,
+        product = mover.core.KernelCall(
             launch=kernel.launch,
             blocks=kernel.blocks,
             values=kernel.template(stop=mover.stop_word),
@@ -119,7 +197,16 @@ class FusedGather(_Fused):
             landing=[place("full_desc"), *([place("own_desc")] if empty else [])],
             flags=[place("flags")],
             epoch=[place("epoch")],
-            directory=[],
+        )
+        self.product = mover.core.FusedProduct(
+            program=self.messages.program,
+            product=product,
+            carrier=self._carrier(
+                lambda: gathered_cargos(plan, self.row_bytes, kernel.column_ranges(parts)),
+                0,
+                3,
+                x_shard.device,
+            ),
             source=0,
             offsets=[
                 (plan.chunks[send.chunk].offset - own.start) * self.row_bytes for send in self.messages.sends
@@ -153,25 +240,40 @@ class FusedScatter(_Fused):
     pushed = True  # by copy engines, from partials that the kernel leaves in memory
 
     def __init__(
-        self, mover: "NvlinkTransport", plan: Schedule, x: Tensor, w: Tensor, config: "Config | None" = None
+        self,
+        mover: "NvlinkTransport",
+        plan: Schedule,
+        x: Tensor,
+        w: Tensor,
+        config: "Config | None" = None,
+        *,
+        carriers: int = 0,
     ) -> None:
-        super().__init__(mover, plan, w.shape[0], x, w)
+        super().__init__(mover, plan, w.shape[0], x, w, carriers)
         x, w = self._operands(x, w)
         self.columns, own = w.shape[0], plan.own_rows
         self.own_rows = own.stop - own.start
         kernel = self._kernel = self._build(x, w, config)
         place, counters = kernel.names.index, mover.counters(x.device)
         partials = [[place("store"), place("partials")]] if self.pushed else []
-        self.product = mover.core.FusedProduct(
-            program=self.messages.program,
+        given = [[place("x_desc")], [place("w_desc")], [place("out")], *partials]
+        product = mover.core.KernelCall(
             launch=kernel.launch,
             blocks=kernel.blocks,
             values=kernel.template(counters=counters.data_ptr(), ready=mover.signals, stop=mover.stop_word),
-            places=[[place("x_desc")], [place("w_desc")], [place("out")], *partials],
+            places=given,
             landing=[place("slots")],
             flags=[place("arrived")],
             epoch=[place("epoch")],
             directory=[] if self.pushed else [place("directory")],
+            signals=[place("ready")] if carriers else [],
+        )
+        self.product = mover.core.FusedProduct(
+            program=self.messages.program,
+            product=product,
+            carrier=self._carrier(
+                lambda: scattered_cargos(self._parts(), self.row_bytes), 3, len(given), x.device
+            ),
             source=3,
             offsets=[plan.chunks[send.chunk].offset * self.row_bytes for send in self.messages.sends],
             early=False,
@@ -183,7 +285,11 @@ class FusedScatter(_Fused):
 
         slots = x.new_empty(self.plan.world, self.own_rows, self.columns)
         last = slots, x.new_empty(self.own_rows, self.columns), self._parts(), self.plan.rank
-        options: Any = {"arrived_stride": self.mover.core.flag_columns, "config": config, "spare_sms": SPARE}
+        options: Any = {
+            "arrived_stride": self.mover.core.flag_columns,
+            "config": config,
+            "spare_sms": self.spare,
+        }
         if self.pushed:
             return MatmulScatter(x, w, x.new_empty(self.rows, self.columns), *last, **options)
         return StoredScatter(x, w, *last, **options)

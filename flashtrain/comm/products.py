@@ -1,6 +1,7 @@
 """The ways in which an overlapped product can be computed, and the choice among them.
 
-    fused      one kernel that waits and signals, or stores at the owners (``fused``): nvlink on Hopper GPUs
+    fused      one kernel that waits and signals, or stores at the owners; copy engines or carriers beside it
+               move chunks (``fused``): nvlink on Hopper GPUs
     chunked    a product a chunk between the transfers (``chunked``): everywhere
     whole      the transfers first, or last, and one product beside none of them
 
@@ -8,14 +9,14 @@ A way is made for fixed shapes and called with operands. All ways of a product t
 operands' dtype and add them in rank order in fp32; the fused ways of all configurations share their bits.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from functools import partial
-from typing import Any, Protocol
+from typing import TYPE_CHECKING, Any, Protocol
 
 import torch
 from torch import Tensor
 
-from flashtrain.comm import groups, schedule, transport, tune
+from flashtrain.comm import fused, groups, schedule, transport, tune
 from flashtrain.comm.bulk import WholeGather, WholeScatter
 from flashtrain.comm.chunked import ChunkedGather, ChunkedScatter, Landed
 from flashtrain.comm.schedule import Schedule, split_rows
@@ -23,10 +24,18 @@ from flashtrain.comm.streamed import StreamedGather
 from flashtrain.comm.transport.base import Transport, capturing
 from flashtrain.errors import UserError
 
+if TYPE_CHECKING:
+    from flashtrain.kernels.overlapped_matmul.config import Config
+
 # Into how many sub-chunks a tuner cuts a rank's rows, and of how many rows at the least.
 _SUBCHUNKS, _FEWEST_ROWS = (1, 2, 4), 128
 # Of how many tile shapes one may be best where the kernel itself stores at the owners.
 _STORING = 2
+# How many blocks carry: twelve fill the links. Not where a product has so many operations a byte that it
+# takes thrice as long as its transfers (700 TFLOP/s, 390 GB/s), which copy engines then hide for nothing.
+_CARRIERS, _MOST_CARRIERS, _LONG = (12, 20), 36, 5400
+# Into how many column ranges chunks may be cut where tiles are so few that each waits for transfers.
+_PARTS, _FEW_WAVES = (1, 4), 2
 
 
 class Gather(Protocol):
@@ -54,12 +63,14 @@ def rows_per_rank(shard: Tensor, group: str, rows: int | None) -> tuple[int, ...
     return counts
 
 
-def plan_of(op: str, counts: tuple[int, ...], group: str, subchunks: int | None = None) -> Schedule:
+def plan_of(
+    op: str, counts: tuple[int, ...], group: str, subchunks: int | None = None, in_turn: bool = False
+) -> Schedule:
     """The schedule of ``op`` on this rank; ``subchunks`` as in the settings unless given."""
     chosen = transport.settings()
     build = schedule.all_gather if op == "all_gather" else schedule.reduce_scatter
     rank = groups.resolve(group).rank()
-    return build(counts, rank, kind=chosen.kind, subchunks=subchunks or chosen.subchunks)
+    return build(counts, rank, kind=chosen.kind, subchunks=subchunks or chosen.subchunks, in_turn=in_turn)
 
 
 def gather_way(x_shard: Tensor, w: Tensor, group: str, rows: int | None, site: str) -> Gather:
@@ -132,6 +143,29 @@ def check_device(mover: Transport, site: str, *operands: Tensor) -> None:
             )
 
 
+def _carried(plan: Schedule, x: Tensor, w: Tensor, sms: int) -> "Iterator[tuple[Config, int, int]]":
+    """Tiles, carriers and column ranges, one of which may be best for ``x [rows, K]`` and ``w [N, K]``."""
+    from flashtrain.kernels.overlapped_matmul.config import configs
+
+    width = x.shape[1] if plan.gathers else w.shape[0]
+    if 2 * w.numel() * plan.world > _LONG * (plan.world - 1) * width * x.itemsize:
+        return
+    free = sms - fused.SPARE
+    # Carriers want a multiprocessor each, which one that takes small blocks would not be left with.
+    for config in (config for config in configs(x.dtype) if config.resident == 1 and config.warps == 8):
+        row_tiles = sum(-(-chunk.rows // config.block_m) for chunk in plan.chunks)
+        tiles = row_tiles * -(-w.shape[0] // config.block_n)
+        found = set()
+        for fewest in _CARRIERS:
+            waves = -(-tiles // (free - fewest))
+            # As many as leave the product its waves.
+            blocks = max(fewest, min(free - -(-tiles // waves), _MOST_CARRIERS))
+            found |= {
+                (blocks, parts) for parts in _PARTS if parts == 1 or (plan.gathers and waves <= _FEW_WAVES)
+            }
+        yield from ((config, *one) for one in sorted(found))
+
+
 def _choose(
     mover: Transport,
     op: str,
@@ -143,8 +177,6 @@ def _choose(
     site: str,
 ) -> Any:
     """A way to compute ``op`` of ``x [rows, K]`` and ``w [N, K]``."""
-    from flashtrain.comm import fused
-
     if x.is_cuda and capturing():
         raise mover.uncaptured(site)
     by_chunks = ChunkedGather if plan.gathers else ChunkedScatter
@@ -167,6 +199,11 @@ def _choose(
         cut = plan_of(op, counts, group, subchunks)
         for config in listed:
             candidates[f"fused {config} in {subchunks}"] = partial(by_kernel, mover, cut, x, w, config)
+        in_turn = plan_of(op, counts, group, subchunks, in_turn=True)
+        for config, blocks, parts in _carried(in_turn, x, w, sms):
+            name = f"fused carried by {blocks} {config} in {subchunks}" + f" by {parts}" * (parts > 1)
+            options = {"parts": parts} if plan.gathers else {}
+            candidates[name] = partial(by_kernel, mover, in_turn, x, w, config, carriers=blocks, **options)
         if plan.gathers:
             candidates[f"chunked in {subchunks}"] = partial(StreamedGather, mover, cut, x, w)  # type: ignore[arg-type]
             continue

@@ -178,8 +178,19 @@ def _cut(rows_per_rank: Sequence[int], subchunks: int) -> tuple[Chunk, ...]:
     return tuple(chunks)
 
 
+def _order(own_first: bool, world: int, subchunks: int, in_turn: bool) -> list[tuple[int, int]]:
+    """(i, sub-chunk) of every step: one chunk after the other, or those of others ``in_turn``."""
+    order = [(i, sub) for i in range(world) for sub in range(subchunks)]
+    if in_turn:
+        own = 0 if own_first else world - 1
+        order.sort(key=lambda step: ((step[0] == own) != own_first, step[1], step[0]))
+    return order
+
+
 @lru_cache(maxsize=4096)
-def _build(op: Operation, kind: Kind, rows: tuple[int, ...], rank: int, subchunks: int) -> Schedule:
+def _build(
+    op: Operation, kind: Kind, rows: tuple[int, ...], rank: int, subchunks: int, in_turn: bool = False
+) -> Schedule:
     world = len(rows)
     if not 0 <= rank < world:
         raise ValueError(f"rank {rank} is not one of {world} ranks")
@@ -187,61 +198,78 @@ def _build(op: Operation, kind: Kind, rows: tuple[int, ...], rank: int, subchunk
         raise ValueError(f"subchunks must be at least 1, not {subchunks}")
     if min(rows) < 0:
         raise ValueError(f"row counts must not be negative: {rows}")
+    if in_turn and kind != "direct":
+        raise ValueError("in a ring every chunk goes to one neighbour: there is nobody to take turns")
+
+    def chunk(owner: int, sub: int) -> int:
+        return owner % world * subchunks + sub
+
+    order = _order(op == "all_gather", world, subchunks, in_turn)
     steps = []
-    for i in range(world):
-        last = i == world - 1
-        for sub in range(subchunks):
-
-            def chunk(owner: int, sub: int = sub) -> int:
-                return owner % world * subchunks + sub
-
-            match op, kind:
-                case "all_gather", "direct":
-                    compute = chunk(rank + i)
-                    sends = [Send(chunk(rank), (rank - i - 1) % world, rank)]
-                    expects = [Expect(chunk(rank + i + 1), (rank + i + 1) % world, (rank + i + 1) % world)]
-                case "all_gather", "ring":
-                    compute = chunk(rank - i)
-                    sends = [Send(chunk(rank - i), (rank + 1) % world, (rank - i) % world)]
-                    expects = [Expect(chunk(rank - i - 1), (rank - 1) % world, (rank - i - 1) % world)]
-                case (("reduce_scatter" | "all_to_all"), "direct"):
-                    compute = chunk(rank + 1 + i)
-                    sends = [Send(compute, (rank + 1 + i) % world, rank)]
-                    expects = [Expect(chunk(rank), (rank - 1 - i) % world, (rank - 1 - i) % world)]
-                case "reduce_scatter", "ring":
-                    compute = chunk(rank - 1 - i)
-                    sends = [Send(compute, (rank + 1) % world, rank)]
-                    expects = [Expect(chunk(rank - 2 - i), (rank - 1) % world, (rank - 1) % world)]
-                case _:
-                    raise ValueError(f"there is no {kind} schedule for {op}")
-            steps.append(Step(compute, () if last else tuple(sends), () if last else tuple(expects)))
+    for place, (i, sub) in enumerate(order):
+        last = place >= len(order) - subchunks
+        match op, kind:
+            case "all_gather", "direct":
+                compute = chunk(rank + i, sub)
+                # What is computed after as many steps as a rank has sub-chunks.
+                ahead, part = (0, 0) if last else order[place + subchunks]
+                sends = [Send(chunk(rank, part), (rank - ahead) % world, rank)]
+                source = (rank + ahead) % world
+                expects = [Expect(chunk(source, part), source, source)]
+            case "all_gather", "ring":
+                compute = chunk(rank - i, sub)
+                sends = [Send(compute, (rank + 1) % world, (rank - i) % world)]
+                expects = [Expect(chunk(rank - i - 1, sub), (rank - 1) % world, (rank - i - 1) % world)]
+            case (("reduce_scatter" | "all_to_all"), "direct"):
+                compute = chunk(rank + 1 + i, sub)
+                sends = [Send(compute, (rank + 1 + i) % world, rank)]
+                expects = [Expect(chunk(rank, sub), (rank - 1 - i) % world, (rank - 1 - i) % world)]
+            case "reduce_scatter", "ring":
+                compute = chunk(rank - 1 - i, sub)
+                sends = [Send(compute, (rank + 1) % world, rank)]
+                expects = [Expect(chunk(rank - 2 - i, sub), (rank - 1) % world, (rank - 1) % world)]
+            case _:
+                raise ValueError(f"there is no {kind} schedule for {op}")
+        steps.append(Step(compute, () if last else tuple(sends), () if last else tuple(expects)))
     return Schedule(op, kind, world, rank, subchunks, _cut(rows, subchunks), tuple(steps))
 
 
 def all_gather(
-    rows_per_rank: Sequence[int], rank: int, *, kind: Kind = "direct", subchunks: int = 1
+    rows_per_rank: Sequence[int],
+    rank: int,
+    *,
+    kind: Kind = "direct",
+    subchunks: int = 1,
+    in_turn: bool = False,
 ) -> Schedule:
     """Schedule of all-gather followed by a product: the own chunk is computed first.
 
     ``rows_per_rank[c]`` is the number of rows that rank c holds; zero is allowed. Rows are those of the
-    gathered tensor's leading dimension. Raises ValueError if ``rank``, ``kind`` or ``subchunks`` is out
-    of range. Source: arXiv 2604.24013, algorithm 1 (ring); the direct order is its pull form.
+    gathered tensor's leading dimension. ``in_turn`` takes one sub-chunk of each peer, then the next of each,
+    for transports that send to all at once (direct only). Raises ValueError if ``rank``, ``kind`` or
+    ``subchunks`` is out of range. Source: arXiv 2604.24013, algorithm 1 (ring); the direct order is its pull
+    form.
     """
-    return _build("all_gather", kind, tuple(rows_per_rank), rank, subchunks)
+    return _build("all_gather", kind, tuple(rows_per_rank), rank, subchunks, in_turn)
 
 
 def reduce_scatter(
-    rows_per_rank: Sequence[int], rank: int, *, kind: Kind = "direct", subchunks: int = 1
+    rows_per_rank: Sequence[int],
+    rank: int,
+    *,
+    kind: Kind = "direct",
+    subchunks: int = 1,
+    in_turn: bool = False,
 ) -> Schedule:
     """Schedule of a product followed by reduce-scatter: the own chunk is computed last.
 
     ``rows_per_rank[c]`` is the number of rows that rank c keeps; zero is allowed. In the direct kind
     every partial travels once, to its owner, and the owner adds them in any order it likes; in the ring
     kind the running sum travels, so additions follow the ring: chunk c is summed in rank order
-    c+1, c+2, ..., c. Raises ValueError if ``rank``, ``kind`` or ``subchunks`` is out of range.
-    Source: arXiv 2604.24013, algorithm 2 (ring).
+    c+1, c+2, ..., c. ``in_turn`` as above. Raises ValueError if ``rank``, ``kind`` or ``subchunks`` is out of
+    range. Source: arXiv 2604.24013, algorithm 2 (ring).
     """
-    return _build("reduce_scatter", kind, tuple(rows_per_rank), rank, subchunks)
+    return _build("reduce_scatter", kind, tuple(rows_per_rank), rank, subchunks, in_turn)
 
 
 def all_to_all(

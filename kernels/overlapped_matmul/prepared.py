@@ -17,7 +17,10 @@ _ADDED_ROWS = 32  # at a time: 16 bytes of every slot, four times a thread
 
 
 class GatherMatmul(Product):
-    """``gather_matmul`` prepared for the shapes of its arguments; ``flags`` None waits for nothing."""
+    """``gather_matmul`` prepared for the shapes of its arguments; ``flags`` None waits for nothing.
+
+    With ``parts`` each chunk has as many flags in a row, one for each range of columns of ``column_ranges``.
+    """
 
     kernel = gather_kernel
 
@@ -30,6 +33,7 @@ class GatherMatmul(Product):
         chunks: tuple[Part, ...],
         *,
         waits: bool = True,
+        parts: int = 1,
         config: Config | None = None,
         spare_sms: int = 0,
     ) -> None:
@@ -45,7 +49,8 @@ class GatherMatmul(Product):
             **{name: Pointer(torch.int32) for name in ("flags", *WORDS)},
             **dict.fromkeys(("epoch", *self.numbers())),
         }
-        self._build(arguments, WAITS=waits)
+        # The pipeline that is laid across tiles knows no third loop.
+        self._build(arguments, WAITS=waits, PARTS=parts, FLATTEN=self.config.flatten and parts == 1)
 
     def numbers(self) -> dict[str, int]:
         return {

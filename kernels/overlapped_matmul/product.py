@@ -47,6 +47,11 @@ class Product:
             if self._sms < 1:
                 raise UserError(f"spare_sms={spare_sms} leaves no multiprocessor of {x.device}; lower it")
 
+    def column_ranges(self, parts: int) -> list[tuple[int, int]]:
+        """Columns ``[begin, end)`` of the operand that the kernel reads in each of ``parts``."""
+        cuts = [part * self.steps // parts * self.config.block_k for part in range(parts)]
+        return list(zip(cuts, [*cuts[1:], self.inner], strict=True))
+
     def _operand(self, x: Tensor) -> Matrix:
         shape = (self.config.block_m, self.config.block_k)
         return Matrix(max(x.shape[0], 1), x.shape[1], x.stride(0), x.dtype, shape)

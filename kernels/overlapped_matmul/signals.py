@@ -216,6 +216,72 @@ def arrive_at_owner(counter, expected, flag, told, epoch, needed):  # type: igno
 
 
 @triton.jit
+def deliver(counter, expected, directory, column, epoch, begin, end, rank, WORLD: tl.constexpr):  # type: ignore[no-untyped-def]
+    """The same for peers ``[begin, end)`` but ``rank``: flag ``column`` of each, and what its watchdog sees.
+
+    ``directory`` as in ``triton.matmul_stored``. One thread a peer, so that no flag waits for another's.
+    """
+    if INTERPRETED:
+        if tl.atomic_add(counter, 1) == expected - 1:
+            tl.store(counter, 0)
+            for peer in range(begin, end):
+                if peer != rank:
+                    for table in range(1, 3):
+                        flag = tl.load(directory + table * WORLD + peer).to(tl.pointer_type(tl.int32))
+                        tl.store(flag + column, epoch)
+    else:
+        table = directory.to(tl.pointer_type(tl.int32))  # all pointers of one type
+        tl.inline_asm_elementwise(
+            """
+            {
+            .reg .pred p, q;
+            .reg .b32 t, v, l;
+            .reg .b64 a, b, c;
+            mov.u32 t, %tid.x;
+            setp.ne.u32 q, t, t;
+            bar.sync 0;
+            setp.ne.u32 p, t, 0;
+            @p bra COUNTED;
+            fence.acq_rel.sys;
+            sub.u32 l, $2, 1;
+            atom.acq_rel.gpu.global.inc.u32 v, [$1], l;
+            setp.eq.u32 q, v, l;
+            COUNTED:
+            bar.warp.sync 0xffffffff;
+            bar.red.or.pred q, 0, q;
+            @!q bra DONE;
+            setp.lt.u32 p, t, $6;
+            @p bra DONE;
+            setp.ge.u32 p, t, $7;
+            @p bra DONE;
+            setp.eq.u32 p, t, $8;
+            @p bra DONE;
+            mul.wide.u32 c, $4, 4;
+            add.u32 v, t, $9;
+            mul.wide.u32 a, v, 8;
+            add.u64 a, a, $3;
+            ld.global.b64 b, [a];
+            add.u64 b, b, c;
+            st.release.sys.global.b32 [b], $5;
+            mul.wide.u32 b, $9, 8;
+            add.u64 a, a, b;
+            ld.global.b64 b, [a];
+            add.u64 b, b, c;
+            st.release.sys.global.b32 [b], $5;
+            DONE:
+            bar.warp.sync 0xffffffff;
+            mov.u32 $0, 0;
+            }
+            """,
+            "=r,l,r,l,r,r,r,r,r,r",
+            [counter, expected, table, column, epoch, begin, end, rank, WORLD],
+            dtype=tl.int32,
+            is_pure=False,
+            pack=1,
+        )
+
+
+@triton.jit
 def raise_flag(flag, epoch):  # type: ignore[no-untyped-def]
     """Set ``flag`` to ``epoch`` for copy engines and peers; nothing stored before is implied."""
     if INTERPRETED:

@@ -55,7 +55,24 @@ def product(  # type: ignore[no-untyped-def]
 ):
     """Rows from ``row`` of x, columns from ``column`` of wᵀ: ``[BM, BN]`` in fp32, K in one fixed order."""
     total = tl.full((BM, BN), 0.0, tl.float32)
-    for step in range(steps):
+    return add_product(total, x_desc, w_desc, row, column, 0, steps, BK, TRANSPOSED, PRECISION)
+
+
+@triton.jit
+def add_product(  # type: ignore[no-untyped-def]
+    total,
+    x_desc,
+    w_desc,
+    row,
+    column,
+    begin,
+    end,
+    BK: tl.constexpr,
+    TRANSPOSED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``total`` and steps ``[begin, end)`` along K of that tile's product."""
+    for step in range(begin, end):
         x = x_desc.load([row, step * BK])
         if TRANSPOSED:
             total = tl.dot(x, w_desc.load([step * BK, column]), total, input_precision=PRECISION)

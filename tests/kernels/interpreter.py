@@ -74,6 +74,14 @@ def load() -> SimpleNamespace:
     """The modules of ``overlapped_matmul``: kernels under the interpreter where there is no GPU."""
     with interpreted():
         from flashtrain.kernels import launch
-        from flashtrain.kernels.overlapped_matmul import config, plan, reference
+        from flashtrain.kernels.overlapped_matmul import carry, config, plan, prepared, reference
         from flashtrain.kernels.overlapped_matmul import triton as kernels
-    return SimpleNamespace(config=config, launch=launch, plan=plan, reference=reference, kernels=kernels)
+    return SimpleNamespace(
+        carry=carry,
+        config=config,
+        launch=launch,
+        plan=plan,
+        prepared=prepared,
+        reference=reference,
+        kernels=kernels,
+    )

@@ -10,9 +10,12 @@ from flashtrain.comm.transport.landing import Landing
 
 
 class Plan:
-    """A schedule whose rows have ``row_bytes``: what C++ needs, and the numbers that messages have there."""
+    """A schedule whose rows have ``row_bytes``: what C++ needs, and the numbers that messages have there.
 
-    def __init__(self, core: Any, schedule: Schedule, row_bytes: int) -> None:
+    Each chunk is ``parts`` messages, one after the other, for what moves it column by column.
+    """
+
+    def __init__(self, core: Any, schedule: Schedule, row_bytes: int, parts: int = 1) -> None:
         self.schedule, self.landing = schedule, Landing(schedule)
         self.row_bytes, self.rows = row_bytes, self.landing.rows(schedule.rank)
         self.nbytes = self.landing.most_rows() * row_bytes
@@ -26,13 +29,15 @@ class Plan:
             for send in step.sends:
                 span = self.landing.span(send.dst, send.chunk, send.slot)
                 self.sends[send] = len(sends)
-                sends.append(_message(index, send.dst, leaving, send.chunk, span, row_bytes))
+                for _ in range(parts):
+                    sends.append(_message(index, send.dst, leaving, send.chunk, span, row_bytes))
                 if schedule.gathers and send.chunk in schedule.own:
                     self.early.append(send)
             for expect in step.expects:
                 span = self.landing.span(schedule.rank, expect.chunk, expect.slot)
                 self.arrivals[expect] = len(arrivals)
-                arrivals.append(_message(index, expect.src, coming, expect.chunk, span, row_bytes))
+                for _ in range(parts):
+                    arrivals.append(_message(index, expect.src, coming, expect.chunk, span, row_bytes))
         if max(*leaving, *coming, len(sends)) > core.flag_columns:
             raise ValueError(
                 f"{schedule.op} has more chunks a rank than the {core.flag_columns} that have flags"

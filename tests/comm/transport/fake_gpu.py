@@ -336,10 +336,12 @@ class Fused:
         )
         if not self.messages.sends:
             return
+        product = core.KernelCall(
+            launch=self.launch, blocks=1, values=[0, *pointers.values(), *numbers.values()],
+            places=[[1], [2], [3]], landing=[0], flags=[5], epoch=[9], directory=[7] if stores else [],
+        )  # fmt: skip
         self.product = core.FusedProduct(
-            program=self.messages.program, launch=self.launch, blocks=1,
-            values=[0, *pointers.values(), *numbers.values()], places=[[1], [2], [3]],
-            landing=[0], flags=[5], epoch=[9], directory=[7] if stores else [], source=1,
+            program=self.messages.program, product=product, carrier=None, source=1,
             early=schedule.gathers, offsets=offsets,
         )  # fmt: skip
 

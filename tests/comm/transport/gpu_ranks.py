@@ -158,6 +158,15 @@ def fused_bits(rank: int, world: int, subchunks: int) -> int:
                     draw(40 + rank, outputs, inputs, dtype=dtype),
                 )
                 assert torch.equal(stored(*row, group, subchunks), found["row y"])
+                column = (
+                    draw(rank, counts[rank], inputs, dtype=dtype),
+                    draw(10 + rank, outputs, inputs, dtype=dtype),
+                )
+                for carriers in (1, 5, 16):
+                    assert torch.equal(carried(*row, group, rows, subchunks, carriers), found["row y"])
+                    for parts in (1, 3):
+                        y = carried(*column, group, rows, subchunks, carriers, parts)
+                        assert torch.equal(y, found["y False"])
                 for name, expected in wanted.items():
                     for key in (name,) if name in found else (f"{name} False", f"{name} True"):
                         assert torch.equal(found[key], expected), (key, dtype, rows, subchunks)
@@ -172,6 +181,19 @@ def stored(x: Tensor, w: Tensor, group: str, subchunks: int = 1) -> Tensor:
     assert isinstance(mover, NvlinkTransport)
     plan = products.plan_of("reduce_scatter", split_rows(x.shape[0], mover.world), group, subchunks)
     return fused.StoredScatter(mover, plan, x, w)(x, w, "stored")
+
+
+def carried(
+    x: Tensor, w: Tensor, group: str, rows: int, subchunks: int, carriers: int, parts: int = 0
+) -> Tensor:
+    """``RS(x · wᵀ)``, or ``AG(x) · wᵀ`` in ``parts``, whose chunks are moved by so many blocks."""
+    mover = transport.of(group, x.device)
+    assert isinstance(mover, NvlinkTransport)
+    op = "all_gather" if parts else "reduce_scatter"
+    plan = products.plan_of(op, split_rows(rows, mover.world), group, subchunks, in_turn=True)
+    if parts:
+        return fused.FusedGather(mover, plan, x, w, carriers=carriers, parts=parts)(x, w, "carried")
+    return fused.FusedScatter(mover, plan, x, w, carriers=carriers)(x, w, "carried")
 
 
 def chunked_product(x: Tensor, w: Tensor) -> Tensor:
