@@ -189,6 +189,8 @@ void CopyEngine::push(const std::vector<uint32_t>& which, const std::vector<uint
       driver_.check(driver_.stream_wait_value(copies_, signal(which[number]), flight_->up, kWaitUntilReached),
                     "cuStreamWaitValue32");
     }
+    const uint32_t turn = flight_->program->awaited_turns[which[number]];
+    if (turn != Program::kNoTurn) wait_on(copies_, turn);
     if (message.bytes != 0) {
       const DeviceAddress to = landings_[message.peer] + buffer + message.offset;
       driver_.check(driver_.copy_on_device(to, sources[number], message.bytes, copies_), "cuMemcpyDtoDAsync");
@@ -201,6 +203,12 @@ void CopyEngine::push(const std::vector<uint32_t>& which, const std::vector<uint
     const uint64_t flag = device_flags_ ? device_.flag(message.peer, rank_, column) : seen;
     driver_.check(driver_.stream_write_value(copies_, flag, flight_->up, kWriteAfterEarlierWrites),
                   "cuStreamWriteValue32");
+    for (const Turn& next : flight_->program->turns) {
+      if (next.send != which[number]) continue;
+      driver_.check(driver_.stream_write_value(copies_, host_.flag(next.peer, rank_, next.column + flight_->shift),
+                                               flight_->up, kWriteAfterEarlierWrites),
+                    "cuStreamWriteValue32");
+    }
   }
   // The end of the operation need not wait for that, but a capture needs every end of it.
   if (!captured_ && !told.empty()) {
@@ -285,15 +293,17 @@ uint32_t CopyEngine::start(const FusedProduct& product, const std::string& site,
       const std::vector<uint32_t> all = all_sends();
       std::vector<uint64_t> sources = product.offsets;
       for (uint64_t& source : sources) source += given.at(product.source);
-      if (product.early) push_early(all, sources);
+      // Where streams share a hardware queue, the kernel would stand behind a wait for a turn.
+      const bool first = product.early && product.program->turns.empty();
+      if (first) push_early(all, sources);
       launch(product.product, stream_, given);
-      if (!product.early) push_signalled(all, sources);
+      if (!first) product.early ? push_early(all, sources) : push_signalled(all, sources);
     }
     // The kernel waits for rows alone, but what an empty chunk says must have been heard as well. A captured
     // operation waits for the flags in the host table, which are raised last: one that was lowered too early would
     // stay up.
-    for (uint32_t arrival = 0; arrival < awaited_.size(); ++arrival) {
-      awaited_[arrival] = product.program->arrivals[arrival].bytes != 0 && !captured_;
+    for (uint32_t arrival = 0; arrival < awaited_.size() && !captured_; ++arrival) {
+      if (product.program->arrivals[arrival].bytes != 0) awaited_[arrival] = true;
     }
   } catch (...) {
     abort("an exception broke it off");

@@ -17,18 +17,35 @@ struct Message {
   uint64_t bytes;   // zero for an empty chunk, which is signalled all the same
 };
 
+// Copies of two senders to one receiver share its link, and each takes longer than both one after the other. So in a
+// program with turns a rank begins with a receiver when the sender before it there has said that it is done.
+struct Turn {
+  uint32_t send;  // behind this one of the sends,
+  uint32_t peer;  // this rank is told that its turn has come,
+  uint32_t column;  // by this flag
+};
+
 // Sends and arrivals in schedule order. Both ends of a pair list its messages in the same order, so that
-// columns agree.
+// columns agree. Turns that come to this rank are empty arrivals, the last ones.
 struct Program {
   using Fields = std::array<uint64_t, 6>;  // of Message, in order
+  using TurnFields = std::array<uint32_t, 3>;  // of Turn
+  static constexpr uint32_t kNoTurn = ~0u;
 
+  // `awaited_turns`: of each send the arrival that it comes after, or kNoTurn; none at all without turns.
   Program(std::string op_name, uint32_t step_count, const std::vector<Fields>& send_fields,
-          const std::vector<Fields>& arrival_fields)
-      : op(std::move(op_name)), steps(step_count), sends(read(send_fields)), arrivals(read(arrival_fields)) {}
+          const std::vector<Fields>& arrival_fields, const std::vector<TurnFields>& turn_fields = {},
+          std::vector<uint32_t> awaited = {})
+      : op(std::move(op_name)), steps(step_count), sends(read(send_fields)), arrivals(read(arrival_fields)),
+        awaited_turns(awaited.empty() ? std::vector<uint32_t>(send_fields.size(), kNoTurn) : std::move(awaited)) {
+    for (const auto& [send, peer, column] : turn_fields) turns.push_back({send, peer, column});
+  }
 
   const std::string op;
   const uint32_t steps;
   const std::vector<Message> sends, arrivals;
+  const std::vector<uint32_t> awaited_turns;
+  std::vector<Turn> turns;
 
  private:
   static std::vector<Message> read(const std::vector<Fields>& list) {

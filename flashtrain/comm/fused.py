@@ -78,6 +78,7 @@ class _Fused:
     """An operation prepared for fixed shapes, strides and chunks; without ``carriers`` copy engines push."""
 
     product: Any  # of flashtrain._core
+    pushed = True  # by copy engines or carriers; else the kernel itself stores at the peers
     _kernel: Any
 
     def __init__(
@@ -93,7 +94,8 @@ class _Fused:
         self.mover, self.plan, self.rows = mover, plan, plan.rows
         self.row_bytes = columns * x.itemsize
         self.own_offset = plan.own_rows.start * self.row_bytes
-        self.messages = mover.plan(plan, self.row_bytes, parts)
+        engines = self.pushed and not carriers
+        self.messages = mover.plan(plan, self.row_bytes, parts, engines)
         self.carriers, self.parts, self.spare = carriers, parts, SPARE + carriers
         pitch = w.stride(0) if w.stride(1) == 1 else w.stride(1) if w.stride(0) == 1 else 1
         self._copies_weight = pitch * w.itemsize % _TMA_BYTES != 0
@@ -236,8 +238,6 @@ class FusedGather(_Fused):
 
 class FusedScatter(_Fused):
     """``RS(x [M, K] · w [N, K]ᵀ)``, the own rows ``[M/W, N]``, for operands as those that it is made with."""
-
-    pushed = True  # by copy engines, from partials that the kernel leaves in memory
 
     def __init__(
         self,

@@ -8,14 +8,21 @@ from torch import Tensor
 from flashtrain.comm.schedule import Expect, Schedule, Send
 from flashtrain.comm.transport.landing import Landing
 
+# From so many bytes a pair of ranks on, senders to one receiver take turns. Two at once take half as long
+# again as one after the other (an H200's copy engines), and a turn passes from rank to rank in some 6 us.
+TURN_BYTES = 8 << 20
+
 
 class Plan:
     """A schedule whose rows have ``row_bytes``: what C++ needs, and the numbers that messages have there.
 
-    Each chunk is ``parts`` messages, one after the other, for what moves it column by column.
+    ``engines``: copy engines move chunks, and where these are large, take turns. Else each chunk may be
+    ``parts`` messages, one after the other, for what moves it column by column.
     """
 
-    def __init__(self, core: Any, schedule: Schedule, row_bytes: int, parts: int = 1) -> None:
+    def __init__(
+        self, core: Any, schedule: Schedule, row_bytes: int, parts: int = 1, engines: bool = True
+    ) -> None:
         self.schedule, self.landing = schedule, Landing(schedule)
         self.row_bytes, self.rows = row_bytes, self.landing.rows(schedule.rank)
         self.nbytes = self.landing.most_rows() * row_bytes
@@ -38,11 +45,49 @@ class Plan:
                 self.arrivals[expect] = len(arrivals)
                 for _ in range(parts):
                     arrivals.append(_message(index, expect.src, coming, expect.chunk, span, row_bytes))
-        if max(*leaving, *coming, len(sends)) > core.flag_columns:
+        taking_turns = engines and _takes_turns(schedule, row_bytes)
+        flags = max(*leaving, *coming) + (schedule.world - 2 if taking_turns else 0)
+        if max(flags, len(sends)) > core.flag_columns:
             raise ValueError(
                 f"{schedule.op} has more chunks a rank than the {core.flag_columns} that have flags"
             )
-        self.program = core.Program(schedule.op, len(schedule.steps), sends, arrivals)
+        turns: list[tuple[int, int, int]] = []
+        awaited: list[int] = []
+        if taking_turns:
+            turns, awaited = _take_turns(core, schedule, sends, arrivals, leaving)
+        self.program = core.Program(schedule.op, len(schedule.steps), sends, arrivals, turns, awaited)
+
+
+def _takes_turns(schedule: Schedule, row_bytes: int) -> bool:
+    rows = [schedule.rows_of(rank) for rank in range(schedule.world)]
+    smallest = min(own.stop - own.start for own in rows) * row_bytes
+    return schedule.kind == "direct" and schedule.world > 2 and smallest >= TURN_BYTES
+
+
+def _take_turns(
+    core: Any,
+    schedule: Schedule,
+    sends: list[tuple[int, ...]],
+    arrivals: list[tuple[int, ...]],
+    leaving: list[int],
+) -> tuple[list[tuple[int, int, int]], list[int]]:
+    """Whom a send gives a turn, by which flag, and the arrival that each send awaits; adds to ``arrivals``.
+
+    Who sends to a rank after this one is the same neighbour for all ranks, since all ranks begin with a
+    neighbour and go round.
+    """
+    world, rank, away = schedule.world, schedule.rank, 1 if schedule.gathers else -1
+    after, before = (rank + away) % world, (rank - away) % world
+    turns: list[tuple[int, int, int]] = []
+    awaited, number = [core.no_turn] * len(sends), 0
+    for index, (peer, _, step, chunk, *_) in enumerate(sends):
+        if index and peer != sends[index - 1][0]:
+            number += 1
+            awaited[index] = len(arrivals)
+            arrivals.append((before, leaving[after] + number - 1, step, chunk, 0, 0))
+        if number < world - 2 and (index + 1 == len(sends) or sends[index + 1][0] != peer):
+            turns.append((index, after, leaving[after] + number))
+    return turns, awaited
 
 
 def _message(

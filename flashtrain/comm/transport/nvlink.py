@@ -78,7 +78,7 @@ class NvlinkTransport(Transport):
         self._counters: Tensor | None = None
         self._directories: list[Tensor] = []
         self.core = import_module("flashtrain._core")
-        self._plans: dict[tuple[int, int, int], Plan] = {}
+        self._plans: dict[tuple[int, int, int, bool], Plan] = {}
         self._stream, self._quiesce = stream, quiesce
         self._tables = host_tables, device_table
         self.device = device_table.memory.device
@@ -145,16 +145,16 @@ class NvlinkTransport(Transport):
             return "it has not run with these shapes; run it once before the capture"
         return "comm.graphs is off; set it, and run the operation once before the capture"
 
-    def plan(self, schedule: Schedule, row_bytes: int, parts: int = 1) -> Plan:
+    def plan(self, schedule: Schedule, row_bytes: int, parts: int = 1, engines: bool = True) -> Plan:
         """The plan of ``schedule``, made at its first use. Raises ValueError if it needs too many flags."""
         # By identity: schedules are cached where they are built, and comparing them costs more than building
         # this. The plan holds its schedule, so an identity is not used twice.
-        key = (id(schedule), row_bytes, parts)
+        key = (id(schedule), row_bytes, parts, engines)
         found = self._plans.get(key)
         if found is None:
             if len(self._plans) >= _PROGRAMS_KEPT:
                 self._plans.clear()
-            found = self._plans[key] = Plan(self.core, schedule, row_bytes, parts)
+            found = self._plans[key] = Plan(self.core, schedule, row_bytes, parts, engines)
         return found
 
     def start(self, product: Any, nbytes: int, given: list[int], site: str) -> int:

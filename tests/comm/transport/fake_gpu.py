@@ -303,7 +303,7 @@ class Fused:
     ) -> None:
         self.transport, self.stream, self.schedule = transport, stream, schedule
         core, parameter = transport.core, transport.core.Parameter
-        self.messages = transport.plan(schedule, 12)
+        self.messages = transport.plan(schedule, 12, engines=not stores)
         self.leaving_rows = schedule.own_rows if schedule.gathers else slice(0, schedule.rows)
         leaving_bytes = 12 * (self.leaving_rows.stop - self.leaving_rows.start)
         # As on a GPU: what has no rows has no tiles that wait.

@@ -12,7 +12,7 @@ import torch
 from flashtrain.comm import products
 from flashtrain.comm import transport as transports
 from flashtrain.comm.schedule import Schedule, all_gather, all_to_all, reduce_scatter
-from flashtrain.comm.transport import group, nvlink
+from flashtrain.comm.transport import group, messages, nvlink
 from flashtrain.comm.transport.nvlink import NvlinkTransport
 from flashtrain.errors import TransportError, UserError
 from tests.comm.transport import fake_gpu
@@ -56,9 +56,15 @@ def _capture(stream: Stream, operations: list[Fused]) -> Graph:
     return graph
 
 
-@pytest.mark.parametrize(("world", "counts"), [(2, (1, 1)), (3, (1, 2)), (3, (3, 4)), (4, (5, 3))])
-def test_replays_of_two_graphs_and_other_operations_in_turn(world: int, counts: tuple[int, int]) -> None:
+@pytest.mark.parametrize(
+    ("world", "counts", "turns"),
+    [(2, (1, 1), False), (3, (1, 2), False), (3, (3, 4), True), (4, (5, 3), False), (4, (2, 3), True)],
+)
+def test_replays_of_two_graphs_and_other_operations_in_turn(
+    world: int, counts: tuple[int, int], turns: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """Fresh data each time, ranks late at random, one without rows; the host never waits."""
+    monkeypatch.setattr(messages, "TURN_BYTES", 0 if turns else 1 << 40)
     fake_gpu.delay(20, slowness=30)
     rows = tuple(0 if rank == 1 else 40 + rank for rank in range(world))
 

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from flashtrain.comm.schedule import Schedule, all_gather, all_to_all, reduce_scatter
+from flashtrain.comm.transport import messages
 from flashtrain.comm.transport.arena import Arena
 from flashtrain.comm.transport.symmetric import SymmetricBuffer
 from tests.comm.transport import fake_gpu
@@ -37,6 +38,13 @@ def _schedules(rows: tuple[int, ...], rank: int) -> list[Schedule]:
     return made
 
 
+@pytest.fixture(params=[False, True], ids=["at will", "in turn"])
+def _turns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Messages of any size take turns, or none do."""
+    monkeypatch.setattr(messages, "TURN_BYTES", 0 if request.param else 1 << 40)
+
+
+@pytest.mark.usefixtures("_turns")
 @pytest.mark.parametrize("world", [2, 3, 4])
 def test_every_schedule_delivers_every_byte(world: int) -> None:
     def main(rank: int, ranks: Ranks) -> None:
@@ -53,6 +61,7 @@ def test_every_schedule_delivers_every_byte(world: int) -> None:
     Ranks(world).run(main)
 
 
+@pytest.mark.usefixtures("_turns")
 @pytest.mark.parametrize("epoch", [0, 2**30 - 100, 2**31 - 100, 2**32 - 100])
 def test_hundreds_of_operations_without_the_host_waiting_once(epoch: int) -> None:
     world = 3
@@ -96,6 +105,7 @@ def test_flags_that_went_unused_for_two_thousand_million_operations() -> None:
     Ranks(2).run(main)
 
 
+@pytest.mark.usefixtures("_turns")
 @pytest.mark.parametrize("world", [2, 3])
 def test_own_rows_are_put_beside_those_that_land(world: int) -> None:
     fake_gpu.delay(20, slowness=30)
@@ -360,3 +370,32 @@ def test_an_operation_ends_with_all_its_arrivals() -> None:
         assert torch.equal(landed[theirs], contribution(schedule, 1 - rank, 1 - rank, 0))
 
     Ranks(2).run(main)
+
+
+@pytest.mark.parametrize(("build", "subchunks"), [(all_gather, 1), (all_gather, 3), (reduce_scatter, 2)])
+def test_a_turn_is_given_to_whoever_sends_there_next(build: Any, subchunks: int) -> None:
+    core, world = import_module("flashtrain._core"), 5
+    most = messages.TURN_BYTES
+    plans = [build((most,) * world, rank, subchunks=subchunks) for rank in range(world)]
+    sends: list[list[Any]] = [[] for _ in plans]
+    given, awaited = {}, {}
+    for rank, plan in enumerate(plans):
+        arrivals: list[tuple[int, ...]] = []
+        sends[rank] = [
+            (send.dst, 0, index, send.chunk, 0, 0)
+            for index, step in enumerate(plan.steps)
+            for send in step.sends
+        ]
+        counts = [subchunks * (peer != rank) for peer in range(world)]
+        turns, waits = messages._take_turns(core, plan, sends[rank], arrivals, counts)
+        for send, peer, column in turns:
+            given[rank, peer, column] = sends[rank][send][0]
+            assert column >= subchunks  # the flags below are the chunks'
+        for send, arrival in enumerate(waits):
+            if arrival != core.no_turn:
+                peer, column, *_ = arrivals[arrival]
+                awaited[peer, rank, column] = sends[rank][send][0]
+    assert given == awaited
+    assert len(given) == world * (world - 2)
+    assert not messages._takes_turns(build((most - 1, *[most] * 4), 0), 1)
+    assert not messages._takes_turns(build((most, most), 0), 1)
