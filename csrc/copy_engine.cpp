@@ -1,6 +1,8 @@
 #include "copy_engine.hpp"
 
 #include <algorithm>
+#include <map>
+#include <mutex>
 #include <numeric>
 #include <stdexcept>
 #include <utility>
@@ -11,6 +13,16 @@ namespace {
 // Flags compare by signed difference, so none in use may lag by 2^31 epochs, though a column may go unused for
 // long. Every so many epochs all are brought up.
 constexpr uint32_t kRefresh = 1u << 30;
+
+// Which engine ran the last product of a context. Never destroyed: engines may end after main().
+std::mutex& products_mutex() {
+  static auto& mutex = *new std::mutex;
+  return mutex;
+}
+std::map<ContextHandle, CopyEngine*>& last_products() {
+  static auto& last = *new std::map<ContextHandle, CopyEngine*>;
+  return last;
+}
 
 void* handle(uint64_t address) { return reinterpret_cast<void*>(static_cast<uintptr_t>(address)); }
 
@@ -49,6 +61,11 @@ uint64_t CopyEngine::map(uint64_t tables, uint32_t world) {
 
 CopyEngine::~CopyEngine() {
   watchdog_.stop();
+  {
+    const std::lock_guard lock(products_mutex());
+    const auto last = last_products().find(context_);
+    if (last != last_products().end() && last->second == this) last_products().erase(last);
+  }
   // While the process ends the driver may be gone: there is nobody left to tell.
   driver_.stream_destroy(copies_);
   for (const EventHandle event : {begun_, ready_, copied_, done_}) driver_.event_destroy(event);
@@ -211,10 +228,7 @@ void CopyEngine::push(const std::vector<uint32_t>& which, const std::vector<uint
     }
   }
   // The end of the operation need not wait for that, but a capture needs every end of it.
-  if (!captured_ && !told.empty()) {
-    copies_end_here();
-    telling_ = true;
-  }
+  if (!captured_ && !told.empty()) copies_end_here();
   together(copies_, std::move(told));
 }
 
@@ -256,6 +270,15 @@ void CopyEngine::keep(uint64_t source, uint64_t offset, uint64_t bytes) {
   ended_ = false;
 }
 
+// A kernel that waits for peers keeps its multiprocessors. Of two at once, in another order on another rank, each could
+// wait for what the other keeps from running.
+void CopyEngine::come_after_other_products() {
+  const std::lock_guard lock(products_mutex());
+  CopyEngine*& last = last_products()[context_];
+  if (last != nullptr && last != this) driver_.check(driver_.stream_wait_event(stream_, last->done_, 0), "cuStreamWaitEvent");
+  last = this;
+}
+
 void CopyEngine::launch(const KernelCall& call, StreamHandle stream, const std::vector<uint64_t>& given) {
   std::vector<uint64_t> values = call.values;
   const auto fill = [&values](const std::vector<uint32_t>& places, uint64_t value) {
@@ -275,6 +298,7 @@ uint32_t CopyEngine::start(const FusedProduct& product, const std::string& site,
   if (given.size() != product.product.places.size()) throw std::invalid_argument("a product is given too few addresses");
   open(product.program, site, stream, true);
   try {
+    if (!captured_) come_after_other_products();
     if (product.carrier) {
       // In this order where streams share a hardware queue: what stands behind another there need not wait for it.
       come_after_opening();
@@ -282,12 +306,6 @@ uint32_t CopyEngine::start(const FusedProduct& product, const std::string& site,
       launch(product.product, stream_, given);
       if (!product.early) launch(*product.carrier, copies_, given);
       carried_ = !product.early;
-      pushed_.assign(pushed_.size(), true);
-    } else if (!product.product.directory.empty()) {
-      // It raises the peers' flags, and must not be overtaken by what is still being said of an operation before it.
-      if (telling_) order(stream_, copied_, copies_);
-      telling_ = false;
-      launch(product.product, stream_, given);
       pushed_.assign(pushed_.size(), true);
     } else {
       const std::vector<uint32_t> all = all_sends();

@@ -30,8 +30,8 @@ struct KernelCall {
 struct FusedProduct {
   std::shared_ptr<const Program> program;
   KernelCall product;
-  // Who pushes. A carrier is a kernel that runs beside the product, on multiprocessors of its own. A product with a
-  // directory stores at the peers itself. Both raise the peers' flags. Else copy engines push.
+  // A kernel that pushes, and raises the peers' flags: it runs beside the product, on multiprocessors of its own. Without
+  // one copy engines push.
   std::optional<KernelCall> carrier;
   // Copy engines read sends from this one of the given addresses, each so many bytes from it.
   uint32_t source;
@@ -98,7 +98,7 @@ class CopyEngine {
   // whatever the stream has to do until it comes to this one.
   void push_early(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources,
                   const CopyEngine* settled = nullptr);
-  // Open an operation for `product`, push, and launch its kernels, which wait for arrivals themselves; returns the
+  // Open an operation for `product`, behind those of other engines of this context, push, and launch its kernels, which wait for arrivals themselves; returns the
   // epoch. It stays open, so that more can be done with what has landed, until close().
   uint32_t start(const FusedProduct& product, const std::string& site, uint64_t stream,
                  const std::vector<uint64_t>& given);
@@ -134,6 +134,7 @@ class CopyEngine {
   std::vector<uint32_t> all_sends() const;
   void come_after_opening();
   void come_after_the_last(const CopyEngine& other);
+  void come_after_other_products();
   void copies_end_here();
   void wait_for_copies();
   void wait_on(StreamHandle stream, uint32_t which);
@@ -171,7 +172,6 @@ class CopyEngine {
   bool behind_opening_ = false;          // the copy stream comes after the opening
   bool kept_ = false;                    // something is kept that the stream has not waited for
   bool ended_ = false;                   // copied_ was recorded behind all copies
-  bool telling_ = false;                 // flags of an operation that has ended may yet go up, by the copy stream
   std::vector<bool> pushed_, awaited_;
 };
 

@@ -97,7 +97,9 @@ void store(uint64_t address, uint32_t value) {
   __atomic_store_n(reinterpret_cast<uint32_t*>(address), value, __ATOMIC_RELEASE);
 }
 
-thread_local void* context = reinterpret_cast<void*>(1);
+// A thread is a GPU until it takes another's context.
+thread_local char own_context;
+thread_local void* context = &own_context;
 
 int get_error_name(int, const char** name) {
   *name = "CUDA_ERROR_OF_THE_TEST";
@@ -228,22 +230,12 @@ struct FakeKernel {
 // of its deliveries (peer, column, bytes into the source, into the peer's landing buffer, in all) by its directory, waits for
 // one chunk (or `subchunks`) of every peer that is not in the bits of `silent`, and copies what has landed.
 void relay(const std::vector<uint64_t>& parameters) {
-  enum { kLanding, kSource = 5, kLeaving, kSeen, kSignals, kFlags, kStop, kDirectory, kDeliveries, kEpoch, kRank, kWorld, kSubchunks, kSends,
+  enum { kLanding, kSource = 5, kLeaving, kSeen, kSignals, kFlags, kStop, kEpoch, kRank, kWorld, kSubchunks, kSends,
          kLeavingBytes, kLandingBytes, kColumns, kSilent };
   const auto& p = parameters;
   const auto number = [&](size_t index) { return static_cast<uint32_t>(p[index]); };
   copy_words(p[kLeaving], p[kSource], number(kLeavingBytes));
-  const auto* const pages = reinterpret_cast<const uint64_t*>(p[kDirectory]);
-  const auto* delivery = reinterpret_cast<const uint64_t*>(p[kDeliveries]);
-  for (uint32_t send = 0; send < number(kSends); ++send, delivery += 5) {
-    if (pages == nullptr) {
-      store(p[kSignals] + 4 * send, number(kEpoch));
-      continue;
-    }
-    const uint64_t peer = delivery[0], world = number(kWorld);
-    copy_words(pages[peer] + delivery[3], p[kSource] + delivery[2], delivery[4]);
-    for (const uint64_t table : {world, 2 * world}) store(pages[table + peer] + 4 * delivery[1], number(kEpoch));
-  }
+  for (uint32_t send = 0; send < number(kSends); ++send) store(p[kSignals] + 4 * send, number(kEpoch));
   for (uint32_t peer = 0; peer < number(kWorld); ++peer) {
     if ((number(kSilent) >> peer & 1) != 0) continue;
     for (uint32_t sub = 0; sub < number(kSubchunks); ++sub) {
@@ -256,14 +248,30 @@ void relay(const std::vector<uint64_t>& parameters) {
   copy_words(p[kSeen], p[kLanding], number(kLandingBytes));
 }
 
+// Pushes, each send when it is signalled if the numbers say that it waits.
+void carry(const std::vector<uint64_t>& p) {
+  enum { kSource, kSignals, kStop, kDirectory, kDeliveries, kEpoch, kWorld, kSends, kWaits };
+  const auto* const pages = reinterpret_cast<const uint64_t*>(p[kDirectory]);
+  const auto* delivery = reinterpret_cast<const uint64_t*>(p[kDeliveries]);
+  const auto epoch = static_cast<uint32_t>(p[kEpoch]);
+  const uint64_t world = static_cast<uint32_t>(p[kWorld]);
+  for (uint32_t send = 0; send < static_cast<uint32_t>(p[kSends]); ++send, delivery += 5) {
+    const auto signalled = [&] { return static_cast<int32_t>(load(p[kSignals] + 4 * send) - epoch) >= 0; };
+    while (static_cast<uint32_t>(p[kWaits]) != 0 && !signalled() && load(p[kStop]) == 0) pause();
+    copy_words(pages[delivery[0]] + delivery[3], p[kSource] + delivery[2], delivery[4]);
+    for (const uint64_t table : {world, 2 * world}) store(pages[table + delivery[0]] + 4 * delivery[1], epoch);
+  }
+}
+
 int module_load(void** module, const void*) {
   *module = reinterpret_cast<void*>(1);
   return 0;
 }
 int module_get_function(void** function, void*, const char* name) {
-  static auto& kernel = *new FakeKernel{{128, 4, 4, 8, 8, 8, 8, 8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4, 4, 4, 4, 4, 8, 8}, relay};
-  *function = &kernel;
-  return std::string(name) == "relay" ? 0 : kNotFound;
+  static auto& relaying = *new FakeKernel{{128, 4, 4, 8, 8, 8, 8, 8, 8, 8, 8, 4, 4, 4, 4, 4, 4, 4, 4, 4, 8, 8}, relay};
+  static auto& carrying = *new FakeKernel{{8, 8, 8, 8, 8, 4, 4, 4, 4, 8, 8}, carry};
+  *function = std::string(name) == "carry" ? &carrying : &relaying;
+  return std::string(name) == "relay" || std::string(name) == "carry" ? 0 : kNotFound;
 }
 int function_set_attribute(void*, int, int) { return 0; }
 int function_get_parameter(void* function, size_t index, size_t* offset, size_t* size) {

@@ -1,7 +1,7 @@
 """A schedule and its products in one kernel (tier T1): nvlink on Hopper GPUs, bf16 and fp16.
 
-The kernel of a gather waits for each chunk's flag itself; that of a scatter signals each chunk, or stores it
-where it goes, and adds what has arrived to its own rows. Chunks are moved by copy engines, or by carriers: a
+The kernel of a gather waits for each chunk's flag itself; that of a scatter signals each chunk, and adds what
+has arrived to its own rows. Chunks are moved by copy engines, or by carriers: a
 kernel beside the product, on multiprocessors of its own (``kernels/overlapped_matmul/carry``). The host makes
 one call into C++ an operation, which enqueues all copies, flags and kernels. The bits of a product do not
 depend on tiles, sub-chunks, arrival or who moves them.
@@ -16,12 +16,12 @@ from torch import Tensor
 from flashtrain.comm.chunked import Landed
 from flashtrain.comm.schedule import Schedule
 from flashtrain.comm.transport.base import clock
+from flashtrain.comm.transport.landing import Landing
 
 if TYPE_CHECKING:
     from flashtrain.comm.transport.nvlink import NvlinkTransport
     from flashtrain.kernels.overlapped_matmul.carry import Cargo
     from flashtrain.kernels.overlapped_matmul.config import Config
-    from flashtrain.kernels.overlapped_matmul.plan import Part
 
 _TMA_BYTES = 16  # bases and row pitches are multiples of it
 _MOST_RANKS = 32  # one warp polls the peers' flags
@@ -62,15 +62,17 @@ def gathered_cargos(plan: Schedule, row_bytes: int, ranges: list[tuple[int, int]
     return found
 
 
-def scattered_cargos(parts: "tuple[Part, ...]", row_bytes: int) -> "list[Cargo]":
-    """Each partial for its owner, once the product has signalled it."""
+def scattered_cargos(plan: Schedule, row_bytes: int) -> "list[Cargo]":
+    """Each partial for its owner, once the product has signalled it by the number of its step."""
     from flashtrain.kernels.overlapped_matmul.carry import UNIT_BYTES, Cargo
 
-    width = row_bytes // UNIT_BYTES
-    found = []
-    for chunk, offset, rows, own, owner, landing, column in parts:
-        if not own:
-            found.append(Cargo(offset * width, rows, width, width, landing * width, column, owner, chunk))
+    found, width, where = [], row_bytes // UNIT_BYTES, Landing(plan)
+    for number, step in enumerate(plan.steps):
+        owner, offset, rows = plan.chunks[step.compute]
+        if owner != plan.rank:
+            landing = where.span(owner, step.compute, plan.rank).start
+            column = step.compute % plan.subchunks
+            found.append(Cargo(offset * width, rows, width, width, landing * width, column, owner, number))
     return found
 
 
@@ -78,7 +80,6 @@ class _Fused:
     """An operation prepared for fixed shapes, strides and chunks; without ``carriers`` copy engines push."""
 
     product: Any  # of flashtrain._core
-    pushed = True  # by copy engines or carriers; else the kernel itself stores at the peers
     _kernel: Any
 
     def __init__(
@@ -94,8 +95,7 @@ class _Fused:
         self.mover, self.plan, self.rows = mover, plan, plan.rows
         self.row_bytes = columns * x.itemsize
         self.own_offset = plan.own_rows.start * self.row_bytes
-        engines = self.pushed and not carriers
-        self.messages = mover.plan(plan, self.row_bytes, parts, engines)
+        self.messages = mover.plan(plan, self.row_bytes, parts, engines=not carriers)
         self.carriers, self.parts, self.spare = carriers, parts, SPARE + carriers
         pitch = w.stride(0) if w.stride(1) == 1 else w.stride(1) if w.stride(0) == 1 else 1
         self._copies_weight = pitch * w.itemsize % _TMA_BYTES != 0
@@ -249,14 +249,29 @@ class FusedScatter(_Fused):
         *,
         carriers: int = 0,
     ) -> None:
+        from flashtrain.kernels.overlapped_matmul.plan import Part
+        from flashtrain.kernels.overlapped_matmul.prepared import MatmulScatter
+
         super().__init__(mover, plan, w.shape[0], x, w, carriers)
         x, w = self._operands(x, w)
         self.columns, own = w.shape[0], plan.own_rows
         self.own_rows = own.stop - own.start
-        kernel = self._kernel = self._build(x, w, config)
+        # Every step but the own chunks' sends what it computes, so its number is that of its signal.
+        numbered = [(number, *plan.chunks[step.compute]) for number, step in enumerate(plan.steps)]
+        kernel = self._kernel = MatmulScatter(
+            x,
+            w,
+            x.new_empty(self.rows, self.columns),  # this and what follows for their shapes alone
+            x.new_empty(plan.world, self.own_rows, self.columns),
+            x.new_empty(self.own_rows, self.columns),
+            tuple(Part(number, offset, rows, owner == plan.rank) for number, owner, offset, rows in numbered),
+            plan.rank,
+            arrived_stride=mover.core.flag_columns,
+            config=config,
+            spare_sms=self.spare,
+        )
         place, counters = kernel.names.index, mover.counters(x.device)
-        partials = [[place("store"), place("partials")]] if self.pushed else []
-        given = [[place("x_desc")], [place("w_desc")], [place("out")], *partials]
+        given = [[place("x_desc")], [place("w_desc")], [place("out")], [place("store"), place("partials")]]
         product = mover.core.KernelCall(
             launch=kernel.launch,
             blocks=kernel.blocks,
@@ -265,60 +280,25 @@ class FusedScatter(_Fused):
             landing=[place("slots")],
             flags=[place("arrived")],
             epoch=[place("epoch")],
-            directory=[] if self.pushed else [place("directory")],
+            # Copy engines wait for words in memory of the host.
             signals=[place("ready")] if carriers else [],
         )
         self.product = mover.core.FusedProduct(
             program=self.messages.program,
             product=product,
-            carrier=self._carrier(
-                lambda: scattered_cargos(self._parts(), self.row_bytes), 3, len(given), x.device
-            ),
+            carrier=self._carrier(lambda: scattered_cargos(plan, self.row_bytes), 3, len(given), x.device),
             source=3,
             offsets=[plan.chunks[send.chunk].offset * self.row_bytes for send in self.messages.sends],
             early=False,
         )
-
-    def _build(self, x: Tensor, w: Tensor, config: "Config | None") -> Any:
-        """The kernel, prepared; it takes the shapes of buffers from stand-ins."""
-        from flashtrain.kernels.overlapped_matmul.prepared import MatmulScatter, StoredScatter
-
-        slots = x.new_empty(self.plan.world, self.own_rows, self.columns)
-        last = slots, x.new_empty(self.own_rows, self.columns), self._parts(), self.plan.rank
-        options: Any = {
-            "arrived_stride": self.mover.core.flag_columns,
-            "config": config,
-            "spare_sms": self.spare,
-        }
-        if self.pushed:
-            return MatmulScatter(x, w, x.new_empty(self.rows, self.columns), *last, **options)
-        return StoredScatter(x, w, *last, **options)
-
-    def _parts(self) -> "tuple[Part, ...]":
-        from flashtrain.kernels.overlapped_matmul.plan import Part
-
-        plan, parts = self.plan, []
-        for number, step in enumerate(plan.steps):
-            # Every step but the own chunks' sends what it computes, so its number is that of its signal.
-            owner, offset, rows = plan.chunks[step.compute]
-            landing = self.messages.landing.span(owner, step.compute, plan.rank).start
-            column = step.compute % plan.subchunks
-            parts.append(Part(number, offset, rows, owner == plan.rank, owner, landing, column))
-        return tuple(parts)
 
     def __call__(self, x: Tensor, w: Tensor, site: str) -> Tensor:
         """The own rows ``[M/W, N]``. Raises TransportError if a peer has failed."""
         started, mover = clock(), self.mover
         x, w = self._operands(x, w)
         out = x.new_empty(self.own_rows, self.columns)
-        partials = [x.new_empty(self.rows, self.columns)] if self.pushed else []
-        self._start([tensor.data_ptr() for tensor in (x, w, out, *partials)], site)
+        partials = x.new_empty(self.rows, self.columns)
+        self._start([tensor.data_ptr() for tensor in (x, w, out, partials)], site)
         mover.finish(site)
         mover.traffic.operating += clock() - started
         return out
-
-
-class StoredScatter(FusedScatter):
-    """``FusedScatter`` whose kernel stores partials at their owners: no copy engine takes part."""
-
-    pushed = False

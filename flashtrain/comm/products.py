@@ -1,7 +1,7 @@
 """The ways in which an overlapped product can be computed, and the choice among them.
 
-    fused      one kernel that waits and signals, or stores at the owners; copy engines or carriers beside it
-               move chunks (``fused``): nvlink on Hopper GPUs
+    fused      one kernel that waits and signals, beside copy engines or carriers (``fused``): nvlink on
+               Hopper GPUs
     chunked    a product a chunk between the transfers (``chunked``): everywhere
     whole      the transfers first, or last, and one product beside none of them
 
@@ -9,9 +9,9 @@ A way is made for fixed shapes and called with operands. All ways of a product t
 operands' dtype and add them in rank order in fp32; the fused ways of all configurations share their bits.
 """
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from functools import partial
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor
@@ -24,18 +24,14 @@ from flashtrain.comm.streamed import StreamedGather
 from flashtrain.comm.transport.base import Transport, capturing
 from flashtrain.errors import UserError
 
-if TYPE_CHECKING:
-    from flashtrain.kernels.overlapped_matmul.config import Config
-
 # Into how many sub-chunks a tuner cuts a rank's rows, and of how many rows at the least.
 _SUBCHUNKS, _FEWEST_ROWS = (1, 2, 4), 128
-# Of how many tile shapes one may be best where the kernel itself stores at the owners.
-_STORING = 2
-# How many blocks carry: twelve fill the links. Not where a product has so many operations a byte that it
-# takes thrice as long as its transfers (700 TFLOP/s, 390 GB/s), which copy engines then hide for nothing.
-_CARRIERS, _MOST_CARRIERS, _LONG = (12, 20), 36, 5400
-# Into how many column ranges chunks may be cut where tiles are so few that each waits for transfers.
-_PARTS, _FEW_WAVES = (1, 4), 2
+# How many blocks carry: twelve fill the links, and where tiles leave many multiprocessors idle, more are
+# better. They take multiprocessors from the product, so none where it has so many operations a byte that it
+# is twice as long as its transfers (700 TFLOP/s, 390 GB/s), which copy engines then hide for nothing.
+_CARRIERS, _MOST_OPERATIONS = (12, 33), 4000
+# Into how many sub-chunks they cut partials, and into how many column ranges what is gathered.
+_CARRIED_SUBCHUNKS, _COLUMN_RANGES = (2, 4, 8), 4
 
 
 class Gather(Protocol):
@@ -143,27 +139,33 @@ def check_device(mover: Transport, site: str, *operands: Tensor) -> None:
             )
 
 
-def _carried(plan: Schedule, x: Tensor, w: Tensor, sms: int) -> "Iterator[tuple[Config, int, int]]":
-    """Tiles, carriers and column ranges, one of which may be best for ``x [rows, K]`` and ``w [N, K]``."""
+def _carried(
+    mover: Any, op: str, counts: tuple[int, ...], group: str, x: Tensor, w: Tensor
+) -> dict[str, Callable[[], Any]]:
+    """Ways with carriers, one of which may be the fastest for ``x [rows, K]`` and ``w [N, K]``."""
     from flashtrain.kernels.overlapped_matmul.config import configs
 
-    width = x.shape[1] if plan.gathers else w.shape[0]
-    if 2 * w.numel() * plan.world > _LONG * (plan.world - 1) * width * x.itemsize:
-        return
-    free = sms - fused.SPARE
-    # Carriers want a multiprocessor each, which one that takes small blocks would not be left with.
-    for config in (config for config in configs(x.dtype) if config.resident == 1 and config.warps == 8):
-        row_tiles = sum(-(-chunk.rows // config.block_m) for chunk in plan.chunks)
-        tiles = row_tiles * -(-w.shape[0] // config.block_n)
-        found = set()
-        for fewest in _CARRIERS:
-            waves = -(-tiles // (free - fewest))
-            # As many as leave the product its waves.
-            blocks = max(fewest, min(free - -(-tiles // waves), _MOST_CARRIERS))
-            found |= {
-                (blocks, parts) for parts in _PARTS if parts == 1 or (plan.gathers and waves <= _FEW_WAVES)
-            }
-        yield from ((config, *one) for one in sorted(found))
+    world, gathers, config = len(counts), op == "all_gather", configs(x.dtype)[0]
+    width = x.shape[1] if gathers else w.shape[0]
+    if 2 * w.numel() * world > _MOST_OPERATIONS * (world - 1) * width * x.itemsize:
+        return {}
+    found: dict[str, Callable[[], Any]] = {}
+    sms = torch.cuda.get_device_properties(x.device).multi_processor_count - fused.SPARE
+    tiles = sum(-(-rows // config.block_m) for rows in counts) * -(-w.shape[0] // config.block_n)
+    for carriers in _CARRIERS:
+        name = f"fused carried by {carriers} {config} in"
+        if gathers and tiles <= sms - carriers:
+            plan = plan_of(op, counts, group, 1, in_turn=True)
+            found[f"{name} columns"] = partial(
+                fused.FusedGather, mover, plan, x, w, config, carriers=carriers, parts=_COLUMN_RANGES
+            )
+        for subchunks in () if gathers else _CARRIED_SUBCHUNKS:
+            if max(counts) >= subchunks * _FEWEST_ROWS:
+                plan = plan_of(op, counts, group, subchunks, in_turn=True)
+                found[f"{name} {subchunks}"] = partial(
+                    fused.FusedScatter, mover, plan, x, w, config, carriers=carriers
+                )
+    return found
 
 
 def _choose(
@@ -184,7 +186,6 @@ def _choose(
     if not (mover.has_kernels and chosen.fused) or fused.refusal(plan, x, w) is not None:
         return by_chunks(plan, group)
     by_kernel: Any = fused.FusedGather if plan.gathers else fused.FusedScatter
-    by_storing: Any = fused.StoredScatter
     if not chosen.tune:
         return by_kernel(mover, plan, x, w)
     from flashtrain.kernels.overlapped_matmul.config import configs, default_config
@@ -199,18 +200,11 @@ def _choose(
         cut = plan_of(op, counts, group, subchunks)
         for config in listed:
             candidates[f"fused {config} in {subchunks}"] = partial(by_kernel, mover, cut, x, w, config)
-        in_turn = plan_of(op, counts, group, subchunks, in_turn=True)
-        for config, blocks, parts in _carried(in_turn, x, w, sms):
-            name = f"fused carried by {blocks} {config} in {subchunks}" + f" by {parts}" * (parts > 1)
-            options = {"parts": parts} if plan.gathers else {}
-            candidates[name] = partial(by_kernel, mover, in_turn, x, w, config, carriers=blocks, **options)
         if plan.gathers:
             candidates[f"chunked in {subchunks}"] = partial(StreamedGather, mover, cut, x, w)  # type: ignore[arg-type]
             continue
-        for config in configs(x.dtype)[:_STORING]:
-            name = f"fused stored {config} in {subchunks}"
-            candidates[name] = partial(by_storing, mover, cut, x, w, config)
         candidates[f"chunked in {subchunks}"] = partial(ChunkedScatter, cut, group)
+    candidates |= _carried(mover, op, counts, group, x, w)
     candidates["whole"] = partial(WholeGather if plan.gathers else WholeScatter, plan, group)
     layout = "" if w.stride(1) == 1 else " transposed"
     name = f"{op} {tune.bucket(plan.rows)} x {w.shape[0]} x {w.shape[1]} {x.dtype}{layout}"

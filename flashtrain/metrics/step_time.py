@@ -14,14 +14,14 @@ KINDS = (GEMM, ATTENTION, LOSS, OPTIMIZER, POINTWISE, EXPOSED, IDLE)
 # Names of kernels, by what a profile of torch 2.11 on Hopper GPUs and our Triton kernels show. The first that
 # is found in a name decides, so what names both an operation and its means stands in front.
 _KERNELS = (
-    (EXPOSED, r"nccl|Memcpy (PtoP|P2P)|Memcpy DtoD|wait_flag|wait_value|_sum_slots|barrier|signal"),
+    (EXPOSED, r"nccl|Memcpy (PtoP|P2P)|Memcpy DtoD|wait_flag|wait_value|_sum_slots|^carry|barrier|signal"),
     (
         ATTENTION,
         r"fmha|flash|sdpa|attention|attn|softmax_warp|^(row_sums|(query|key|value)_gradient)_kernel",
     ),
     (LOSS, r"cross_entropy|log_?softmax|nll_loss|statistics_kernel|slopes_kernel|softmax"),
     (OPTIMIZER, r"multi_tensor|adam|l2norm|lpnorm|NormTwoOps|foreach|^(squares|update)_kernel"),
-    (GEMM, r"gemm|nvjet|xmma|cutlass|cublas|splitK|^(gather|scatter|stored)_kernel|dot_kernel|gemv"),
+    (GEMM, r"gemm|nvjet|xmma|cutlass|cublas|splitK|^(gather|scatter)_kernel|dot_kernel|gemv"),
 )
 # Names of torch's operators, for runs on the CPU.
 _OPERATORS = (

@@ -15,17 +15,13 @@ class Part(NamedTuple):
     """One chunk: its number (the index of its flag), its rows ``[offset, offset + rows)``, whether it is own.
 
     A sequence of parts is a schedule: own chunks first in a gather, last in a scatter. Own chunks must be
-    contiguous rows; a chunk may be empty. For a kernel that stores partials at their owners: the ``owner``,
-    the first row ``landing`` of the owner's buffer, and which of this rank's flags there it is, ``column``.
+    contiguous rows; a chunk may be empty.
     """
 
     chunk: int
     offset: int
     rows: int
     own: bool
-    owner: int = 0
-    landing: int = 0
-    column: int = 0
 
 
 @dataclass(frozen=True)
@@ -84,12 +80,11 @@ def tile_plan(parts: tuple[Part, ...], tile_rows: int, *, gathers: bool, device:
         local = part.offset - offset
         source = local if part.own and gathers else part.offset
         target = local if part.own and not gathers else part.offset
-        kind = (part.chunk, int(part.own), part.owner, part.landing, part.column)
-        records += [row_tiles, count, source, target, part.rows, *kind] * count
+        records += [row_tiles, count, source, target, part.rows, part.chunk, int(part.own)] * count
         row_tiles += count
     empties = [part for part in parts if not part.rows and not part.own]
     for part in empties:
-        records += [0, 0, 0, 0, 0, part.chunk, 0, part.owner, part.landing, part.column]
+        records += [0, 0, 0, 0, 0, part.chunk, 0]
     own = [part.chunk for part in parts if part.own]
     return TilePlan(
         records=torch.tensor([*records, 0], dtype=torch.int32).to(device),

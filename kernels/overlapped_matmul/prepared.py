@@ -1,7 +1,5 @@
 """Products prepared for fixed shapes, one class a kernel; see ``triton`` for what each computes."""
 
-from typing import Any
-
 import torch
 from torch import Tensor
 
@@ -11,7 +9,6 @@ from flashtrain.kernels.overlapped_matmul.gather import gather_kernel
 from flashtrain.kernels.overlapped_matmul.plan import Part, tile_plan
 from flashtrain.kernels.overlapped_matmul.product import WORDS, Product, choose
 from flashtrain.kernels.overlapped_matmul.scatter import scatter_kernel
-from flashtrain.kernels.overlapped_matmul.stored import stored_kernel
 
 _ADDED_ROWS = 32  # at a time: 16 bytes of every slot, four times a thread
 
@@ -78,58 +75,7 @@ class GatherMatmul(Product):
         self._start(tensors, epoch, w)
 
 
-class _Scatter(Product):
-    """What the two kernels of product + reduce-scatter share."""
-
-    def __init__(
-        self,
-        x: Tensor,
-        w: Tensor,
-        slots: Tensor,
-        out: Tensor,
-        chunks: tuple[Part, ...],
-        rank: int,
-        arrived_stride: int,
-        config: Config | None,
-        spare_sms: int,
-    ) -> None:
-        config = config or choose(x, w, chunks, spare_sms)
-        plan = tile_plan(chunks, config.block_m, gathers=False, device=x.device)
-        super().__init__(x, w, out, plan, config, spare_sms)
-        self.rank, self.world, self.arrived_stride = rank, slots.shape[0], arrived_stride
-
-    def _prepare(
-        self, x: Tensor, between: dict[str, Argument], slots: Tensor, out: Tensor, *words: str
-    ) -> None:
-        arguments: dict[str, Argument] = {
-            "x_desc": self._operand(x),
-            "w_desc": self._w,
-            **between,
-            "out": Pointer(out.dtype, aligned=True),
-            "slots": Pointer(slots.dtype, aligned=True),
-            **{name: Pointer(torch.int32) for name in (*words, *WORDS)},
-            **dict.fromkeys(("epoch", *self.numbers())),
-        }
-        self._build(arguments, WORLD=self.world, PIECE=min(_ADDED_ROWS, self.config.block_m))
-
-    def numbers(self) -> dict[str, int]:
-        plan = self.plan
-        return {
-            "others": (plan.row_tiles - plan.own_row_tiles) * self.column_tiles,
-            "tiles": self.tiles,
-            "columns": self.column_tiles,
-            "steps": self.steps,
-            "width": self.columns,
-            "own_rows": plan.own_rows,
-            "rank": self.rank,
-            "stride": self.arrived_stride,
-            "first_own": plan.first_own,
-            "row_tiles": plan.row_tiles,
-            "empties": plan.empties,
-        }
-
-
-class MatmulScatter(_Scatter):
+class MatmulScatter(Product):
     """``matmul_scatter`` prepared for the shapes of its arguments.
 
     ``arrived_stride``: distance in words between the flags of two sources.
@@ -151,13 +97,38 @@ class MatmulScatter(_Scatter):
         config: Config | None = None,
         spare_sms: int = 0,
     ) -> None:
-        super().__init__(x, w, slots, out, chunks, rank, arrived_stride, config, spare_sms)
-        columns = self.config.block_n // 2 if self.config.split else self.config.block_n
-        between = {
+        config = config or choose(x, w, chunks, spare_sms)
+        plan = tile_plan(chunks, config.block_m, gathers=False, device=x.device)
+        super().__init__(x, w, out, plan, config, spare_sms)
+        self.rank, self.world, self.arrived_stride = rank, slots.shape[0], arrived_stride
+        columns = config.block_n // 2 if config.split else config.block_n
+        arguments: dict[str, Argument] = {
+            "x_desc": self._operand(x),
+            "w_desc": self._w,
             "store": self._result(partials, columns),
             "partials": Pointer(partials.dtype, aligned=True),
+            "out": Pointer(out.dtype, aligned=True),
+            "slots": Pointer(slots.dtype, aligned=True),
+            **{name: Pointer(torch.int32) for name in ("counters", "ready", "arrived", *WORDS)},
+            **dict.fromkeys(("epoch", *self.numbers())),
         }
-        self._prepare(x, between, slots, out, "counters", "ready", "arrived")
+        self._build(arguments, WORLD=self.world, PIECE=min(_ADDED_ROWS, config.block_m))
+
+    def numbers(self) -> dict[str, int]:
+        plan = self.plan
+        return {
+            "others": (plan.row_tiles - plan.own_row_tiles) * self.column_tiles,
+            "tiles": self.tiles,
+            "columns": self.column_tiles,
+            "steps": self.steps,
+            "width": self.columns,
+            "own_rows": plan.own_rows,
+            "rank": self.rank,
+            "stride": self.arrived_stride,
+            "first_own": plan.first_own,
+            "row_tiles": plan.row_tiles,
+            "empties": plan.empties,
+        }
 
     def __call__(
         self,
@@ -177,51 +148,5 @@ class MatmulScatter(_Scatter):
         tensors = {
             "x_desc": x, "w_desc": w, "store": partials, "partials": partials, "out": out, "slots": slots,
             "counters": counters, "ready": ready, "arrived": arrived,
-        }  # fmt: skip
-        self._start(tensors, epoch, w)
-
-
-class StoredScatter(_Scatter):
-    """``matmul_stored`` prepared for the shapes of its arguments; ``arrived_stride`` as above."""
-
-    kernel = stored_kernel
-
-    def __init__(
-        self,
-        x: Tensor,
-        w: Tensor,
-        slots: Tensor,
-        out: Tensor,
-        chunks: tuple[Part, ...],
-        rank: int,
-        *,
-        arrived_stride: int,
-        config: Config | None = None,
-        spare_sms: int = 0,
-    ) -> None:
-        super().__init__(x, w, slots, out, chunks, rank, arrived_stride, config, spare_sms)
-        self._prepare(x, {"directory": Pointer(torch.int64)}, slots, out, "counters", "arrived")
-
-    def constants(self) -> dict[str, Any]:
-        """Those of every kernel but one: stores to a peer have masks."""
-        return {name: value for name, value in super().constants().items() if name != "MASKED"}
-
-    def __call__(
-        self,
-        x: Tensor,
-        w: Tensor,
-        directory: Tensor,
-        counters: Tensor,
-        slots: Tensor,
-        arrived: Tensor,
-        epoch: int,
-        out: Tensor,
-    ) -> None:
-        """Enqueue on the current stream; arguments shaped as those it was built from."""
-        if not (self.tiles or self.plan.empties):
-            return
-        tensors = {
-            "x_desc": x, "w_desc": w, "directory": directory, "out": out, "slots": slots,
-            "counters": counters, "arrived": arrived,
         }  # fmt: skip
         self._start(tensors, epoch, w)

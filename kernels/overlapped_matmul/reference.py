@@ -3,7 +3,6 @@
 Same arguments, same effects on outputs, partials and flags; each product is formed in fp64 and rounded once.
 """
 
-import ctypes
 from collections.abc import Sequence
 
 import torch
@@ -74,32 +73,6 @@ def matmul_scatter(
         # In fp32 whatever the wire carries, so that only the last rounding is to the output's dtype.
         out[kept] = ordered_sum(torch.stack(terms).float()).to(out.dtype)
         sub += 1
-
-
-def matmul_stored(
-    x: Tensor,
-    w: Tensor,
-    directory: Tensor,
-    counters: Tensor,
-    slots: Tensor,
-    arrived: Tensor,
-    epoch: int | Tensor,
-    chunks: Sequence[Part],
-    rank: int,
-    out: Tensor,
-) -> None:
-    """Partials of others' rows go to their owners by ``directory`` ``[3, W]``; the rest as above."""
-    partials = torch.empty(x.shape[0], w.shape[0], dtype=slots.dtype)
-    ready = torch.zeros(max(part.chunk for part in chunks) + 1, dtype=torch.int32)
-    matmul_scatter(x, w, partials, counters, ready, slots, arrived, epoch, chunks, rank, out)
-    flags = (ctypes.c_uint32 * 1).from_address
-    for part in chunks:
-        landing, flag, told = (int(row[part.owner]) for row in directory)
-        rows = partials[part.offset : part.offset + part.rows].contiguous()
-        to = landing + part.landing * rows.shape[1] * rows.itemsize
-        if not part.own:
-            ctypes.memmove(to, rows.data_ptr(), rows.nbytes)
-            flags(flag + 4 * part.column)[0] = flags(told + 4 * part.column)[0] = int(epoch) % 2**32
 
 
 def _is_up(flag: Tensor, epoch: int | Tensor) -> bool:

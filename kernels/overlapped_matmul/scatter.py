@@ -70,17 +70,13 @@ def add_own_tiles(  # type: ignore[no-untyped-def]
     rank,
     stride,
     first_own,
-    STORED: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
     GROUP: tl.constexpr,
     WORLD: tl.constexpr,
     PIECE: tl.constexpr,
 ):
-    """Add the peers' slots to the own tiles that this block has computed, once their chunk is there.
-
-    Their partials lie in ``partials`` as in the product, or where they are ``STORED``: in slot ``rank``.
-    """
+    """Add the peers' slots to the own tiles that this block has computed, once their chunk is there."""
     block = tl.program_id(0)
     blocks = tl.num_programs(0)
     begin = block + tl.maximum(others - block + blocks - 1, 0) // blocks * blocks
@@ -90,13 +86,12 @@ def add_own_tiles(  # type: ignore[no-untyped-def]
         # tile to tile is no substitute: Triton 3.6 updates it at every step of a flattened loop.)
         needed = (tile - blocks < first).to(tl.int32)
         row += wait_peers(arrived + chunk - first_own, stride, WORLD, rank, epoch, stop, needed)
-        mine = rank * own_rows + target if STORED else source
         for piece in range(0, BM, PIECE):
             add_rows(
                 out,
                 partials,
                 slots,
-                mine + row + piece,
+                source + row + piece,
                 target + row + piece,
                 column,
                 target + rows,
@@ -172,5 +167,5 @@ def scatter_kernel(  # type: ignore[no-untyped-def]
     settle()
     add_own_tiles(
         out, partials, slots, arrived, stop, plan, epoch, others, tiles, columns, width, own_rows, rank,
-        stride, first_own, False, BM, BN, GROUP, WORLD, PIECE,
+        stride, first_own, BM, BN, GROUP, WORLD, PIECE,
     )  # fmt: skip

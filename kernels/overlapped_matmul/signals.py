@@ -176,50 +176,13 @@ def arrive(counter, expected, ready, epoch, needed):  # type: ignore[no-untyped-
 
 
 @triton.jit
-def arrive_at_owner(counter, expected, flag, told, epoch, needed):  # type: ignore[no-untyped-def]
-    """The same where blocks store in a peer's memory, not through TMA; ``flag`` and ``told`` are there."""
-    if INTERPRETED:
-        if (needed != 0) and (tl.atomic_add(counter, 1) == expected - 1):
-            tl.store(counter, 0)
-            tl.store(flag, epoch)
-            tl.store(told, epoch)
-    else:
-        tl.inline_asm_elementwise(
-            """
-            {
-            .reg .pred p;
-            .reg .b32 v, l;
-            setp.eq.s32 p, $6, 0;
-            @p bra DONE;
-            bar.sync 0;
-            mov.u32 v, %tid.x;
-            setp.ne.u32 p, v, 0;
-            @p bra DONE;
-            fence.acq_rel.sys;
-            sub.u32 l, $2, 1;
-            atom.acq_rel.gpu.global.inc.u32 v, [$1], l;
-            setp.ne.u32 p, v, l;
-            @p bra DONE;
-            st.release.sys.global.b32 [$3], $5;
-            st.release.sys.global.b32 [$4], $5;
-            DONE:
-            bar.warp.sync 0xffffffff;
-            mov.u32 $0, 0;
-            }
-            """,
-            "=r,l,r,l,l,r,r",
-            [counter, expected, flag, told, epoch, needed],
-            dtype=tl.int32,
-            is_pure=False,
-            pack=1,
-        )
-
-
-@triton.jit
 def deliver(counter, expected, directory, column, epoch, begin, end, rank, WORLD: tl.constexpr):  # type: ignore[no-untyped-def]
-    """The same for peers ``[begin, end)`` but ``rank``: flag ``column`` of each, and what its watchdog sees.
+    """Count this block; the last raises flag ``column`` at peers ``[begin, end)`` but ``rank``.
 
-    ``directory`` as in ``triton.matmul_stored``. One thread a peer, so that no flag waits for another's.
+    What the blocks stored in peers' memory before, not through TMA, is visible to whoever sees the flag.
+    ``directory`` ``[3, WORLD]``: of each peer the landing buffer, the first flag that this rank raises there,
+    and the first word in which a watchdog there looks for the same. One thread a peer, so that no flag waits
+    for another's.
     """
     if INTERPRETED:
         if tl.atomic_add(counter, 1) == expected - 1:

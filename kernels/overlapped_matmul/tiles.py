@@ -11,9 +11,8 @@ import triton
 import triton.language as tl
 
 # One row tile of the plan: the chunk's first row tile, its number of row tiles, its first row in the
-# operand and in the output, its rows, its number (index of its flag), whether it is the own chunk; then its
-# owner, its first row in the owner's landing buffer, and the number of its flag there.
-RECORD = tl.constexpr(10)
+# operand and in the output, its rows, its number (index of its flag), whether it is the own chunk.
+RECORD = tl.constexpr(7)
 
 
 @triton.jit

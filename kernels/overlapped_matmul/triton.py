@@ -2,7 +2,6 @@
 
     gather_matmul    y [M, N] = x_full [M, K] · wᵀ; rows of other ranks are read once their flag is up
     matmul_scatter   y_own [M/W, N] = sum over ranks of x · wᵀ; partials of other ranks' rows leave by chunk
-    matmul_stored    the same, and the kernel itself stores them at their owners
     matmul           the same kernel with everything at hand
 
 ``w`` is ``[N, K]``; a weight ``[K, N]`` (dgrad: dy · w) goes in as its transposed view, without a copy.
@@ -25,7 +24,7 @@ from flashtrain.errors import UserError
 from flashtrain.kernels.launch import INTERPRETED
 from flashtrain.kernels.overlapped_matmul.config import Config, refusal
 from flashtrain.kernels.overlapped_matmul.plan import Part, TilePlan
-from flashtrain.kernels.overlapped_matmul.prepared import GatherMatmul, MatmulScatter, StoredScatter
+from flashtrain.kernels.overlapped_matmul.prepared import GatherMatmul, MatmulScatter
 
 _MOST_RANKS = 32  # one warp polls the peers' flags
 
@@ -175,50 +174,7 @@ def matmul_scatter(
     product(x, w, partials, counters, ready, slots, arrived, epoch, out)
 
 
-def matmul_stored(
-    x: Tensor,
-    w: Tensor,
-    directory: Tensor,
-    counters: Tensor,
-    slots: Tensor,
-    arrived: Tensor,
-    epoch: int,
-    chunks: Sequence[Part],
-    rank: int,
-    out: Tensor,
-    *,
-    config: Config | None = None,
-    spare_sms: int = 1,
-) -> None:
-    """``matmul_scatter`` whose partials go to the owners' slots at once; nobody else has to push them.
-
-    ``directory`` ``[3, W]`` int64: addresses of every rank's slots, of the first flag that this rank raises
-    there, and of the first word in which a watchdog there looks for the same; ``chunks`` say the rest. A
-    chunk's two words are set to ``epoch`` when all of it is there. Slot ``rank`` takes the own partials.
-    """
-    chunks = tuple(chunks)
-    forms = (_form(x), _form(w), _form(slots), _form(out))
-    key = ("stored", *forms, counters.numel(), arrived.numel(), chunks, rank, config, spare_sms)
-    product = _prepared.get(key)
-    if product is None:
-        _check(x, w, slots, out)
-        world = slots.shape[0]
-        stride = arrived.numel() // world
-        product = StoredScatter(
-            x, w, slots, out, chunks, rank, arrived_stride=stride, config=config, spare_sms=spare_sms
-        )
-        _check_fit(product.plan, out.shape[0], x.shape[0])
-        _check_words(product.plan.chunks, counters=counters)
-        _check_slots(product, slots, arrived, rank)
-        if directory.shape != (3, world) or directory.dtype != torch.int64 or not directory.is_contiguous():
-            raise UserError(
-                f"a directory of {world} ranks is [3, {world}] int64, not {list(directory.shape)}"
-            )
-        _keep(key, product)
-    product(x, w, directory, counters, slots, arrived, epoch, out)
-
-
-def _check_slots(product: MatmulScatter | StoredScatter, slots: Tensor, arrived: Tensor, rank: int) -> None:
+def _check_slots(product: MatmulScatter, slots: Tensor, arrived: Tensor, rank: int) -> None:
     _check_words(slots.shape[0] * product.plan.own_chunks, arrived=arrived)
     if slots.shape[1] != product.plan.own_rows or not 0 <= rank < slots.shape[0] <= _MOST_RANKS:
         raise UserError(

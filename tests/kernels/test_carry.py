@@ -124,15 +124,9 @@ def test_every_owner_gets_its_partials(rows: list[int], subchunks: int, blocks: 
     ]
     ranks = Ranks(plans, width)
     for plan in plans:
-        where, chunks = Landing(plan), []
-        for number, step in enumerate(plan.steps):
-            owner, offset, height = plan.chunks[step.compute]
-            landing = where.span(owner, step.compute, plan.rank).start
-            column = step.compute % subchunks
-            chunks.append(Part(number, offset, height, owner == plan.rank, owner, landing, column))
         partials = torch.cat([contribution(plan, c, plan.rank, width) for c in range(len(plan.chunks))])
-        ready = words(len(chunks))
-        ready[: len(chunks) - subchunks] = EPOCH  # the own ones, last, are nobody's to carry
-        cargos = fused.scattered_cargos(tuple(chunks), 2 * width)
+        ready = words(len(plan.steps))
+        ready[: len(plan.steps) - subchunks] = EPOCH  # the own ones, last, are nobody's to carry
+        cargos = fused.scattered_cargos(plan, 2 * width)
         ranks.carry(plan.rank, partials, cargos, blocks, ready, teams=len(rows) - 1)
     assert_arrived(ranks, subchunks)

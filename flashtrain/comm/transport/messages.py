@@ -9,8 +9,9 @@ from flashtrain.comm.schedule import Expect, Schedule, Send
 from flashtrain.comm.transport.landing import Landing
 
 # From so many bytes a pair of ranks on, senders to one receiver take turns. Two at once take half as long
-# again as one after the other (an H200's copy engines), and a turn passes from rank to rank in some 6 us.
-TURN_BYTES = 8 << 20
+# again as one after the other (an H200's copy engines), and a turn passes from rank to rank in some 6 us. A
+# gather's ranks begin together; those of a scatter when their products are ready.
+GATHERED_TURN_BYTES, TURN_BYTES = 24 << 20, 8 << 20
 
 
 class Plan:
@@ -61,7 +62,8 @@ class Plan:
 def _takes_turns(schedule: Schedule, row_bytes: int) -> bool:
     rows = [schedule.rows_of(rank) for rank in range(schedule.world)]
     smallest = min(own.stop - own.start for own in rows) * row_bytes
-    return schedule.kind == "direct" and schedule.world > 2 and smallest >= TURN_BYTES
+    fewest = GATHERED_TURN_BYTES if schedule.gathers else TURN_BYTES
+    return schedule.kind == "direct" and schedule.world > 2 and smallest >= fewest
 
 
 def _take_turns(

@@ -292,18 +292,18 @@ class Operation:
 class Fused:
     """Operations of one schedule whose kernel copies: see ``relay`` in the fake driver.
 
-    With ``stores`` it also delivers, where else copy engines do.
+    With ``carried`` another kernel pushes, where else copy engines do.
 
     One that was captured, by ``record``, is replayed with other data after ``feed``; ``after`` that says
     whether it was right.
     """
 
     def __init__(
-        self, transport: NvlinkTransport, stream: Stream, schedule: Schedule, stores: bool = False
+        self, transport: NvlinkTransport, stream: Stream, schedule: Schedule, carried: bool = False
     ) -> None:
         self.transport, self.stream, self.schedule = transport, stream, schedule
         core, parameter = transport.core, transport.core.Parameter
-        self.messages = transport.plan(schedule, 12, engines=not stores)
+        self.messages = transport.plan(schedule, 12, engines=not carried)
         self.leaving_rows = schedule.own_rows if schedule.gathers else slice(0, schedule.rows)
         leaving_bytes = 12 * (self.leaving_rows.stop - self.leaving_rows.start)
         # As on a GPU: what has no rows has no tiles that wait.
@@ -318,14 +318,13 @@ class Fused:
         ])  # fmt: skip
         numbers = {
             "epoch": 0, "rank": schedule.rank, "world": schedule.world, "subchunks": schedule.subchunks,
-            "sends": 0 if schedule.gathers and not stores else len(self.messages.sends),
+            "sends": 0 if schedule.gathers else len(self.messages.sends),
             "leaving_bytes": 0 if schedule.gathers else leaving_bytes,
             "landing_bytes": self.messages.rows * 12, "columns": core.flag_columns,
             "silent": sum(1 << src for src in silent),
         }  # fmt: skip
         pointers = {"source": 0, "leaving": 0, "seen": 0, "signals": transport.signals,
-                    "flags": 0, "stop": transport.stop_word, "directory": 0,
-                    "deliveries": self.deliveries.data_ptr()}  # fmt: skip
+                    "flags": 0, "stop": transport.stop_word}  # fmt: skip
         self.launch = core.Launch(
             core.Kernel(driver(), b"", "relay", 0, 32),
             [
@@ -338,11 +337,29 @@ class Fused:
             return
         product = core.KernelCall(
             launch=self.launch, blocks=1, values=[0, *pointers.values(), *numbers.values()],
-            places=[[1], [2], [3]], landing=[0], flags=[5], epoch=[9], directory=[7] if stores else [],
+            places=[[1], [2], [3]], landing=[0], flags=[5], epoch=[7], signals=[4] if carried else [],
         )  # fmt: skip
+        carrier = self._carrier() if carried else None
         self.product = core.FusedProduct(
-            program=self.messages.program, product=product, carrier=None, source=1,
-            early=schedule.gathers, offsets=offsets,
+            program=self.messages.program, product=product, carrier=carrier, source=1, offsets=offsets,
+            early=schedule.gathers,
+        )  # fmt: skip
+
+    def _carrier(self) -> Any:
+        transport, schedule = self.transport, self.schedule
+        core, parameter = transport.core, transport.core.Parameter
+        pointers = ("source", "signals", "stop", "directory", "deliveries")
+        launch = core.Launch(
+            core.Kernel(driver(), b"", "carry", 0, 32),
+            [
+                *(parameter.pointer(name, False) for name in pointers),
+                *(parameter.number(name) for name in ("epoch", "world", "sends", "waits")),
+            ],
+        )
+        values = [0, 0, transport.stop_word, 0, self.deliveries.data_ptr(), 0, schedule.world]
+        return core.KernelCall(
+            launch=launch, blocks=1, values=[*values, len(self.messages.sends), int(not schedule.gathers)],
+            places=[[], [0], []], epoch=[5], directory=[3], signals=[1],
         )  # fmt: skip
 
     def start(self, salt: int) -> Callable[[], None]:

@@ -157,7 +157,6 @@ def fused_bits(rank: int, world: int, subchunks: int) -> int:
                     draw(30 + rank, rows, inputs, dtype=dtype),
                     draw(40 + rank, outputs, inputs, dtype=dtype),
                 )
-                assert torch.equal(stored(*row, group, subchunks), found["row y"])
                 column = (
                     draw(rank, counts[rank], inputs, dtype=dtype),
                     draw(10 + rank, outputs, inputs, dtype=dtype),
@@ -173,14 +172,6 @@ def fused_bits(rank: int, world: int, subchunks: int) -> int:
                         compared += 1
     stop()
     return compared
-
-
-def stored(x: Tensor, w: Tensor, group: str, subchunks: int = 1) -> Tensor:
-    """``RS(x · wᵀ)`` by the kernel that stores partials at their owners."""
-    mover = transport.of(group, x.device)
-    assert isinstance(mover, NvlinkTransport)
-    plan = products.plan_of("reduce_scatter", split_rows(x.shape[0], mover.world), group, subchunks)
-    return fused.StoredScatter(mover, plan, x, w)(x, w, "stored")
 
 
 def carried(
@@ -280,7 +271,7 @@ def stress(rank: int, world: int, operations: int, connections: str) -> dict[str
                 if kind == 1:
                     found = ops.matmul_reduce_scatter(whole[rank], w[rank], group, f"down {salt}")
                 else:
-                    found = stored(whole[rank], w[rank], group, 1 + salt % 2)
+                    found = carried(whole[rank], w[rank], group, rows, 1 + salt % 2, 1 + salt % 20)
                 partials = [whole[c][begin : begin + counts[rank]] @ w[c].t() for c in range(world)]
                 wanted = ordered_sum(torch.stack(partials))
             else:

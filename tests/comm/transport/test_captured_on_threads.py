@@ -41,11 +41,11 @@ def _connect(
 def _fused(
     rank: int, transport: NvlinkTransport, stream: Stream, rows: tuple[int, ...], count: int
 ) -> list[Fused]:
-    kinds = list(product(((all_gather, False), (reduce_scatter, False), (reduce_scatter, True)), (1, 3)))
+    kinds = list(product(product((all_gather, reduce_scatter), (False, True)), (1, 3)))
     made = []
     for number in range(count):
-        (build, stores), subchunks = kinds[number * 5 % 6]
-        made.append(Fused(transport, stream, build(rows, rank, subchunks=subchunks), stores))
+        (build, carried), subchunks = kinds[number * 3 % 8]
+        made.append(Fused(transport, stream, build(rows, rank, subchunks=subchunks), carried))
     return made
 
 
@@ -64,7 +64,8 @@ def test_replays_of_two_graphs_and_other_operations_in_turn(
     world: int, counts: tuple[int, int], turns: bool, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Fresh data each time, ranks late at random, one without rows; the host never waits."""
-    monkeypatch.setattr(messages, "TURN_BYTES", 0 if turns else 1 << 40)
+    for name in ("TURN_BYTES", "GATHERED_TURN_BYTES"):
+        monkeypatch.setattr(messages, name, 0 if turns else 1 << 40)
     fake_gpu.delay(20, slowness=30)
     rows = tuple(0 if rank == 1 else 40 + rank for rank in range(world))
 

@@ -41,7 +41,8 @@ def _schedules(rows: tuple[int, ...], rank: int) -> list[Schedule]:
 @pytest.fixture(params=[False, True], ids=["at will", "in turn"])
 def _turns(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Messages of any size take turns, or none do."""
-    monkeypatch.setattr(messages, "TURN_BYTES", 0 if request.param else 1 << 40)
+    for name in ("TURN_BYTES", "GATHERED_TURN_BYTES"):
+        monkeypatch.setattr(messages, name, 0 if request.param else 1 << 40)
 
 
 @pytest.mark.usefixtures("_turns")
@@ -168,6 +169,31 @@ def test_two_groups_at_once() -> None:
     Ranks(3).run(main)
 
 
+def test_products_of_two_groups_follow_one_another() -> None:
+    """Both kernels at once would each keep multiprocessors from the other's peers."""
+    groups = [Ranks(2), Ranks(2)]
+
+    def main(rank: int, ranks: Ranks) -> None:
+        streams = [Stream(), Stream()]
+        transports = [group.connect(rank, stream) for group, stream in zip(groups, streams, strict=True)]
+        for transport in transports:
+            transport.arena.reserve(1 << 20, "at the start")
+        if rank == 1:
+            streams[0].sleep(100_000)  # microseconds
+        products = [
+            Fused(transport, stream, build((40, 40), rank)).start(1)
+            for transport, stream, build in zip(
+                transports, streams, (all_gather, reduce_scatter), strict=True
+            )
+        ]
+        streams[1].synchronize()
+        for check in products:
+            check()
+        streams[0].synchronize()
+
+    Ranks(2).run(main)
+
+
 @pytest.mark.parametrize("world", [2, 3])
 def test_kernels_that_wait_for_arrivals_and_signal_what_leaves(world: int) -> None:
     """Gathers and scatters in turn, hundreds in flight, each one call; ranks come late now and then."""
@@ -181,7 +207,8 @@ def test_kernels_that_wait_for_arrivals_and_signal_what_leaves(world: int) -> No
             Fused(transport, stream, build(rows, rank, subchunks=subchunks))
             for build, subchunks in product((all_gather, reduce_scatter), (1, 3))
         ]
-        fused += [Fused(transport, stream, reduce_scatter(rows, rank, subchunks=n), True) for n in (1, 3)]
+        carried = [build(rows, rank, subchunks=2) for build in (all_gather, reduce_scatter)]
+        fused += [Fused(transport, stream, schedule, True) for schedule in carried]
         started = []
         for salt in range(120):
             if delays.random() < 0.15:
@@ -195,10 +222,10 @@ def test_kernels_that_wait_for_arrivals_and_signal_what_leaves(world: int) -> No
     Ranks(world).run(main)
 
 
-@pytest.mark.parametrize(
-    ("build", "stores"), [(all_gather, False), (reduce_scatter, False), (reduce_scatter, True)]
-)
-def test_a_rank_without_rows_is_waited_for_by_the_others_and_waits_for_them(build: Any, stores: bool) -> None:
+@pytest.mark.parametrize(("build", "carried"), [*product((all_gather, reduce_scatter), (False, True))])
+def test_a_rank_without_rows_is_waited_for_by_the_others_and_waits_for_them(
+    build: Any, carried: bool
+) -> None:
     """Kernels wait for rows alone; without more, ranks would overwrite what others still read."""
     fake_gpu.delay(10, slowness=20)
 
@@ -206,7 +233,7 @@ def test_a_rank_without_rows_is_waited_for_by_the_others_and_waits_for_them(buil
         stream = Stream()
         transport = ranks.connect(rank, stream)
         transport.arena.reserve(1 << 20, "at the start")
-        operation, started = Fused(transport, stream, build((40, 0, 42), rank), stores), []
+        operation, started = Fused(transport, stream, build((40, 0, 42), rank), carried), []
         for salt in range(60):
             if rank == (1 if build is all_gather else 0) and salt % 4 == 0:
                 stream.sleep(3000)
@@ -228,7 +255,7 @@ def test_what_was_complete_before_leaves_while_the_stream_is_busy() -> None:
         before, lane = ranks.connect(rank, stream), ranks.connect(rank, stream)
         for transport in (before, lane):
             transport.arena.reserve(1 << 20, "at the start")
-        operations = [Fused(before, stream, reduce_scatter(rows, rank), stores) for stores in (False, True)]
+        operations = [Fused(before, stream, reduce_scatter(rows, rank), carried) for carried in (False, True)]
         schedule = all_gather(rows, rank)
         plan, own, checks, took = lane.plan(schedule, 12), schedule.own_rows, [], 0.0
         flags = lane._tables[0].view(world, -1)[rank, : world * lane.core.flag_columns].view(world, -1)[:, 0]
@@ -300,7 +327,7 @@ def test_a_launch_refuses_what_the_kernel_does_not_take() -> None:
             core.Kernel(fake_gpu.driver(), b"", "another", 0, 32)
         operation = Fused(transport, stream, all_gather((64,), 0))
         with pytest.raises(ValueError, match="landing starts at an address that is no multiple of 16 bytes"):
-            operation.launch.start(1, stream.handle, [8] * 18)
+            operation.launch.start(1, stream.handle, [8] * 16)
         with pytest.raises(ValueError, match="one value a parameter"):
             operation.launch.start(1, stream.handle, [16])
 
@@ -375,7 +402,7 @@ def test_an_operation_ends_with_all_its_arrivals() -> None:
 @pytest.mark.parametrize(("build", "subchunks"), [(all_gather, 1), (all_gather, 3), (reduce_scatter, 2)])
 def test_a_turn_is_given_to_whoever_sends_there_next(build: Any, subchunks: int) -> None:
     core, world = import_module("flashtrain._core"), 5
-    most = messages.TURN_BYTES
+    most = messages.GATHERED_TURN_BYTES if build is all_gather else messages.TURN_BYTES
     plans = [build((most,) * world, rank, subchunks=subchunks) for rank in range(world)]
     sends: list[list[Any]] = [[] for _ in plans]
     given, awaited = {}, {}
