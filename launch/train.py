@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashtrain.errors import UserError
+from flashtrain.launch import garbage
 
 if TYPE_CHECKING:
     from flashtrain.train.trainer import Trainer
@@ -73,7 +74,8 @@ def on_these_ranks(parallel: Any) -> bool:
 
 def resolve(args: argparse.Namespace, data: bool = True) -> "Trainer.Config":
     """The settings of the run, checked; those of its ``data`` only if they are used. Raises UserError."""
-    from flashtrain import config, recipes
+    with garbage.none_in_imports():
+        from flashtrain import config, recipes
 
     if args.recipe not in recipes.RECIPES:
         guess = config.nearest(args.recipe, recipes.RECIPES)
