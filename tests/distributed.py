@@ -1,7 +1,7 @@
 """Run a function on several local ranks and bring back what each returned.
 
-Ranks are forked from a server that has imported torch once, so a rank starts in a fraction of a second
-and inherits no thread pool of the test process.
+Ranks are forked from a server that has imported torch and flashtrain once, so a rank starts in a fraction of
+a second and inherits no thread pool of the test process.
 """
 
 import multiprocessing
@@ -22,7 +22,8 @@ _context.set_forkserver_preload(
         "torch._dynamo",
         "torch.distributed.tensor",
         "torch.distributed.fsdp",
-        "flashtrain",
+        "flashtrain.recipes",
+        "pytest",
         "tests.offline",
     ]
 )
