@@ -1,6 +1,7 @@
 """``flashtrain train``: settings from a recipe, a file and the command line; then the ranks, then the run."""
 
 import argparse
+import importlib
 import os
 from dataclasses import replace
 from pathlib import Path
@@ -52,7 +53,11 @@ def run(args: argparse.Namespace) -> int:
         from flashtrain.launch import ranks
 
         return ranks.launch(config.parallel.world, _words(args))
-    from flashtrain.train.trainer import Trainer
+    with garbage.none_in_imports():
+        from flashtrain.train.trainer import Trainer
+
+        if config.parallel.world > 1:
+            importlib.import_module("torch._dynamo")  # DTensor and FSDP2 do so at their first use
 
     Trainer(config, _out(args)).run()
     return 0
