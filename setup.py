@@ -144,6 +144,6 @@ setup(
             "triton>=3.6; platform_system == 'Linux'",
         ],
     },
-    entry_points={"console_scripts": ["flashtrain = flashtrain.launch.main:main"]},
+    entry_points={"console_scripts": ["flashtrain = flashtrain.launch.main:program"]},
     zip_safe=False,
 )

@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from flashtrain.errors import UserError
+from flashtrain.launch import garbage
 
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KiB": 1 << 10, "MiB": 1 << 20, "GiB": 1 << 30}
 
@@ -53,7 +54,8 @@ def run(args: argparse.Namespace) -> int:
     size = _bytes(args.file_size)
     if args.tokenizer is not None and args.direction == "hf2ft":
         raise UserError("--tokenizer is for ft2hf: hf2ft carries the files in SOURCE along")
-    from flashtrain.train import convert
+    with garbage.none_in_imports():
+        from flashtrain.train import convert
 
     settings: dict[str, Any] = {"dtype": args.dtype, "file_bytes": size, "on_file": print}
     if args.direction == "hf2ft":

@@ -14,6 +14,7 @@ from typing import NoReturn
 import flashtrain
 from flashtrain.config import nearest
 from flashtrain.errors import Stopped, TransportError, UserError
+from flashtrain.launch import garbage
 
 # Each is a module beside this one with ``add_parser(subparsers)``, imported only when it is asked for.
 COMMANDS = {
@@ -112,5 +113,13 @@ def main(argv: Sequence[str] | None = None) -> int:
         return 130
 
 
+def program() -> int:
+    """``main`` as the last thing that this process does."""
+    try:
+        return main()
+    finally:
+        garbage.none_at_exit()
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    sys.exit(program())

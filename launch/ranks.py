@@ -15,7 +15,7 @@ from collections.abc import Mapping, Sequence
 from typing import TYPE_CHECKING
 
 from flashtrain.errors import Stopped, TransportError, UserError
-from flashtrain.launch import main
+from flashtrain.launch import garbage, main
 
 if TYPE_CHECKING:
     from torch.distributed.elastic.multiprocessing.errors import ProcessFailure
@@ -141,6 +141,8 @@ def _rank_main(argv: Sequence[str]) -> int:
         return 2 if isinstance(error, UserError) else 1
     except Stopped:
         return Stopped.EXIT_CODE
+    finally:
+        garbage.none_at_exit()
 
 
 if __name__ == "__main__":

@@ -4,6 +4,8 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from flashtrain.launch import garbage
+
 
 def add_parser(subparsers: Any) -> None:
     """Register the subcommand."""
@@ -43,8 +45,9 @@ def add_parser(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Print the prompt and what follows it."""
-    from flashtrain.models.generate import generate
-    from flashtrain.train import snapshot
+    with garbage.none_in_imports():
+        from flashtrain.models.generate import generate
+        from flashtrain.train import snapshot
 
     checkpoint = snapshot.find(args.checkpoint)
     model, config = snapshot.load_model(checkpoint)

@@ -1,12 +1,14 @@
 """``flashtrain train``: settings from a recipe, a file and the command line; then the ranks, then the run."""
 
 import argparse
+import importlib
 import os
 from dataclasses import replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from flashtrain.errors import UserError
+from flashtrain.launch import garbage
 
 if TYPE_CHECKING:
     from flashtrain.train.trainer import Trainer
@@ -51,7 +53,11 @@ def run(args: argparse.Namespace) -> int:
         from flashtrain.launch import ranks
 
         return ranks.launch(config.parallel.world, _words(args))
-    from flashtrain.train.trainer import Trainer
+    with garbage.none_in_imports():
+        from flashtrain.train.trainer import Trainer
+
+        if config.parallel.world > 1:
+            importlib.import_module("torch._dynamo")  # DTensor and FSDP2 do so at their first use
 
     Trainer(config, _out(args)).run()
     return 0
@@ -73,7 +79,8 @@ def on_these_ranks(parallel: Any) -> bool:
 
 def resolve(args: argparse.Namespace, data: bool = True) -> "Trainer.Config":
     """The settings of the run, checked; those of its ``data`` only if they are used. Raises UserError."""
-    from flashtrain import config, recipes
+    with garbage.none_in_imports():
+        from flashtrain import config, recipes
 
     if args.recipe not in recipes.RECIPES:
         guess = config.nearest(args.recipe, recipes.RECIPES)

@@ -1,7 +1,7 @@
 """Run a function on several local ranks and bring back what each returned.
 
-Ranks are forked from a server that has imported torch once, so a rank starts in a fraction of a second
-and inherits no thread pool of the test process.
+Ranks are forked from a server that has imported torch and flashtrain once, so a rank starts in a fraction of
+a second and inherits no thread pool of the test process.
 """
 
 import multiprocessing
@@ -15,14 +15,15 @@ from typing import Any
 import torch
 import torch.distributed as dist
 
-_context = multiprocessing.get_context("forkserver")
-_context.set_forkserver_preload(
+context = multiprocessing.get_context("forkserver")
+context.set_forkserver_preload(
     [
         "torch",
         "torch._dynamo",
         "torch.distributed.tensor",
         "torch.distributed.fsdp",
-        "flashtrain",
+        "flashtrain.recipes",
+        "pytest",
         "tests.offline",
     ]
 )
@@ -65,10 +66,10 @@ def run_distributed(fn: Callable[..., Any], world: int, *args: Any, timeout: flo
     are killed.
     """
     with tempfile.TemporaryDirectory() as folder:
-        results, received = _context.Queue(), _context.Event()
+        results, received = context.Queue(), context.Event()
         store = os.path.join(folder, "store")
         ranks = [
-            _context.Process(target=_rank_main, args=(fn, rank, world, store, args, results, received))
+            context.Process(target=_rank_main, args=(fn, rank, world, store, args, results, received))
             for rank in range(world)
         ]
         for process in ranks:

@@ -11,6 +11,9 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
+# torch.compiler.disable imports the compiler, half of what a run's start takes, for runs that never compile.
+from torch._compile import _disable_dynamo
+
 from flashtrain.errors import UserError
 from flashtrain.kernels.rotary.op import rotary_qkv
 from flashtrain.kernels.weight_gradient import Packing
@@ -76,14 +79,14 @@ class SourceAttention(Attention):
             return self._close(self._open(heads))
         return self._close(self._lend(attend(heads), heads.query, *self._cached(x, rotary)))
 
-    @torch.compiler.disable
+    @_disable_dynamo
     def _open(self, heads: Heads) -> Tensor:
         config = self.handover.config
         opened = region(config.share, config.defers(heads), config.grad_to_source)
         self._hand_over(opened)
         return opened.open(heads)
 
-    @torch.compiler.disable
+    @_disable_dynamo
     def _lend(self, output: Tensor, *heads: Tensor) -> Tensor:
         opened = LayerByLayer(self.handover.config.share, follow=True)
         self._hand_over(opened)
@@ -223,7 +226,7 @@ class SwitchableAttention(SourceAttention):
             return super().forward(x, rotary, documents)
         return self._close(self._join(self._own(x, rotary)))
 
-    @torch.compiler.disable
+    @_disable_dynamo
     def _join(self, own: Tensor) -> Tensor:
         if self.again is not None:
             return self.again[0].join(own)

@@ -75,6 +75,9 @@ def refusal(dtype: torch.dtype, width: int) -> str | None:
     return None
 
 
-@torch.compiler.assume_constant_result
 def _older() -> bool:
     return torch.cuda.is_available() and torch.cuda.get_device_capability() < (9, 0)
+
+
+# What torch.compiler.assume_constant_result sets; that imports the compiler, for runs that never compile.
+_older._dynamo_marked_constant = True  # type: ignore[attr-defined]

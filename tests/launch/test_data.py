@@ -11,7 +11,7 @@ import pytest
 
 from flashtrain.launch.main import main
 from tests.data.sets import make_tokenizer, texts, write_jsonl
-from tests.train.runs import TINY, environment, metrics
+from tests.train.runs import TINY, environment, flashtrain, metrics
 from tests.train.test_resume import _wait_for_step
 
 
@@ -37,11 +37,6 @@ def train_words(out: Path, *sets: Path, **settings: object) -> list[str]:
     }
     options = [word for key, value in merged.items() for word in (f"--{key}", str(value))]
     return ["train", "demo", "--out", str(out), "--data.class", "PreparedData.Config", *options]
-
-
-def flashtrain(words: list[str], timeout: float = 120) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "flashtrain.launch.main", *words]
-    return subprocess.run(command, env=environment(), capture_output=True, text=True, timeout=timeout)
 
 
 def error_line(words: list[str], capfd: pytest.CaptureFixture[str]) -> str:
@@ -181,7 +176,7 @@ def test_a_run_on_a_blend_samples_with_its_tokenizer(
         tmp_path / "run", folder / "a", folder / "b", data__weights="3,1", train__steps=4,
         parallel__tensor=1, parallel__data=2,
     )  # fmt: skip
-    done = flashtrain(words)
+    done = flashtrain(words, world=2)
     assert done.returncode == 0, done.stderr
     assert "75.0% of the samples" in done.stdout
     assert [line["step"] for line in metrics(tmp_path / "run")] == [1, 2, 3, 4]

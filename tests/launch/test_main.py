@@ -1,5 +1,7 @@
 """The command line: subcommands, one-line errors, exit codes."""
 
+import contextlib
+import gc
 import subprocess
 import sys
 import types
@@ -9,7 +11,7 @@ import pytest
 
 import flashtrain
 from flashtrain.errors import TransportError, UserError
-from flashtrain.launch import main
+from flashtrain.launch import garbage, main
 
 
 @pytest.fixture
@@ -131,3 +133,13 @@ def test_help_imports_nothing_heavy() -> None:
     )
     shown = subprocess.run([sys.executable, "-c", words], capture_output=True, text=True, check=True)
     assert shown.stdout == "[]\n"
+
+
+def test_garbage_is_collected_again_behind_imports() -> None:
+    for switch in (gc.disable, gc.enable):
+        switch()
+        before = gc.isenabled()
+        with contextlib.suppress(ImportError), garbage.none_in_imports():
+            assert not gc.isenabled()
+            raise ImportError
+        assert gc.isenabled() == before

@@ -1,10 +1,20 @@
-"""Start training runs as a user would, in processes of their own, and read what they wrote."""
+"""Start training runs in processes of their own, and read what they wrote.
+
+``command`` is what a user types, for ``subprocess``. ``train`` runs the same words on ranks set up as
+torchrun does it, but forked with flashtrain imported: most of a tiny run's time is that of its imports.
+"""
 
 import json
 import os
+import socket
 import subprocess
 import sys
+import tempfile
+import time
+from collections.abc import Sequence
 from pathlib import Path
+
+from tests.distributed import context
 
 # Small enough for seconds, with every kind of layer in it.
 TINY = {
@@ -38,9 +48,50 @@ def train(
     out: Path, text: Path, timeout: float = 180, **settings: object
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; the caller checks the exit code."""
-    return subprocess.run(
-        command(out, text, **settings), env=environment(), capture_output=True, text=True, timeout=timeout
-    )
+    world = int(str(settings.get("parallel__tensor", 2))) * int(str(settings.get("parallel__data", 1)))
+    return flashtrain(command(out, text, **settings)[3:], world, timeout)
+
+
+def flashtrain(
+    words: Sequence[str], world: int = 1, timeout: float = 180
+) -> subprocess.CompletedProcess[str]:
+    """``flashtrain WORDS`` on ``world`` ranks: an exit code other than 0 of any, and what all printed."""
+    environments = [environment()]
+    if world > 1:
+        with socket.create_server(("127.0.0.1", 0)) as free:
+            meeting = {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free.getsockname()[1])}
+        sizes = {"WORLD_SIZE": str(world), "LOCAL_WORLD_SIZE": str(world)}
+        environments = [
+            environment() | meeting | sizes | {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            for rank in range(world)
+        ]
+    with tempfile.TemporaryDirectory() as folder:
+        shown = Path(folder, "stdout"), Path(folder, "stderr")
+        ranks = [context.Process(target=_rank, args=(words, one, shown)) for one in environments]
+        for rank in ranks:
+            rank.start()
+        deadline = time.monotonic() + timeout
+        for rank in ranks:
+            rank.join(deadline - time.monotonic())
+        late = [rank for rank in ranks if rank.is_alive()]
+        for rank in late:
+            rank.kill()
+            rank.join()
+        stdout, stderr = (file.read_text() if file.exists() else "" for file in shown)
+        if late:
+            raise subprocess.TimeoutExpired(list(words), timeout, stdout, stderr)
+        code = max((rank.exitcode or 0 for rank in ranks), key=abs)
+        return subprocess.CompletedProcess(list(words), code, stdout, stderr)
+
+
+def _rank(words: Sequence[str], environment: dict[str, str], shown: tuple[Path, Path]) -> None:
+    for descriptor, file in enumerate(shown, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT | os.O_APPEND), descriptor)
+    os.environ.clear()
+    os.environ.update(environment)
+    from flashtrain.launch.main import main
+
+    sys.exit(main(words))
 
 
 def metrics(out: Path) -> list[dict]:

@@ -3,7 +3,6 @@
 import argparse
 import shutil
 import subprocess
-import sys
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -26,7 +25,7 @@ from flashtrain.train.settings import Training
 from flashtrain.train.trainer import Trainer
 from tests.distributed import run_distributed
 from tests.models import tiny_hf
-from tests.train.runs import environment, metrics, write_text
+from tests.train.runs import flashtrain, metrics, write_text
 
 CASE = "llama, tied and scaled"
 
@@ -56,18 +55,9 @@ def words(folder: Path, **settings: object) -> list[str]:
 
 
 def train(out: Path, folder: Path, **settings: object) -> subprocess.CompletedProcess[str]:
-    start = [
-        sys.executable,
-        "-m",
-        "flashtrain.launch.main",
-        "train",
-        "continue-pretraining",
-        "--out",
-        str(out),
-    ]
-    return subprocess.run(
-        [*start, *words(folder, **settings)], env=environment(), capture_output=True, text=True, timeout=180
-    )
+    """Run on two ranks."""
+    given = words(folder, parallel__tensor=2, **settings)
+    return flashtrain(["train", "continue-pretraining", "--out", str(out), *given], 2)
 
 
 def test_continue_pretraining_on_two_ranks_and_export_to_transformers(folder: Path, tmp_path: Path) -> None:

@@ -118,11 +118,14 @@ def test_numbers_for_reading() -> None:
         ProgressBar(every=0)
 
 
-def test_importing_callbacks_imports_no_heavy_package() -> None:
+def test_importing_callbacks_and_the_trainer_imports_no_heavy_package() -> None:
     heavy = ["rich", "matplotlib", "tensorboard", "torch.utils.tensorboard"]
+    compiler = ["torch._dynamo", "torch._inductor"]
     program = (
         "import json, sys, flashtrain.train.progress, flashtrain.train.sinks;"
-        f"print(json.dumps([name for name in {heavy} if name in sys.modules]))"
+        f"found = [name for name in {heavy} if name in sys.modules];"
+        "import flashtrain.train.trainer;"
+        f"print(json.dumps(found + [name for name in {compiler} if name in sys.modules]))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
     assert json.loads(done.stdout) == []

@@ -18,7 +18,7 @@ from flashtrain.metrics import history
 from flashtrain.metrics.events import Event
 from flashtrain.train.trainer import Trainer
 from flashtrain.train.watch import Watching, build_callbacks
-from tests.train.runs import TINY, command, environment, metrics, write_text
+from tests.train.runs import TINY, command, environment, metrics, train, write_text
 from tests.train.test_dashboards import scrape
 
 STEPS = 40
@@ -149,15 +149,8 @@ def test_a_resume_goes_on_in_the_same_record_of_weights_and_biases(first: Watche
 
 
 def test_watching_changes_no_bit(first: Watched, second: Watched, tmp_path: Path) -> None:
-    plain = subprocess.run(
-        command(
-            tmp_path / "plain", first.out.parent / "text.txt", train__steps=STEPS, watch__tensorboard=False
-        ),
-        env=environment(),
-        capture_output=True,
-        text=True,
-        timeout=180,
-    )
+    text = first.out.parent / "text.txt"
+    plain = train(tmp_path / "plain", text, train__steps=STEPS, watch__tensorboard=False)
     assert plain.returncode == 0, plain.stderr
     assert not (tmp_path / "plain" / "tensorboard").exists()
     watched = {record["step"]: record for record in metrics(first.out)}

@@ -14,7 +14,7 @@ from flashtrain.comm import transport
 from flashtrain.comm.schedule import Compute, Expect, Schedule, Send, Transfer, Wait
 from flashtrain.comm.transport.base import Exchange
 from flashtrain.comm.transport.host import HostTransport
-from tests.distributed import _context
+from tests.distributed import context
 
 
 def gather_strings(text: str) -> list[str]:
@@ -136,7 +136,7 @@ def start_independent(fn: Callable[..., Any], world: int, folder: Path, *args: A
     """Start ``fn(rank, world, exchange_addresses, *args)`` on ranks that share no process group."""
     folder.mkdir(exist_ok=True)
     ranks = [
-        _context.Process(
+        context.Process(
             target=_independent_main, args=(fn, rank, world, os.fspath(folder), args), daemon=True
         )
         for rank in range(world)

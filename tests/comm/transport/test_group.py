@@ -15,7 +15,7 @@ from flashtrain.comm import collectives, ops, schedule, transport
 from flashtrain.comm.schedule import Expect, Send
 from flashtrain.comm.transport.group import GroupTransport
 from flashtrain.errors import TransportError
-from tests.distributed import _context, run_distributed
+from tests.distributed import context, run_distributed
 
 SILENCE = 1.0  # seconds after which a peer counts as failed here
 
@@ -35,9 +35,9 @@ def _main(
 
 def survivors(fn: Callable[..., str], world: int, folder: Path, *args: Any) -> dict[int, str]:
     """What each rank but rank 1, which fails in ``fn``, returns."""
-    answers = _context.Queue()
+    answers = context.Queue()
     ranks = [
-        _context.Process(
+        context.Process(
             target=_main, args=(fn, rank, world, str(folder / "store"), args, answers), daemon=True
         )
         for rank in range(world)
