@@ -34,9 +34,9 @@ def choices(
     """What each rank picks where way ``title`` takes ``times[rank][title]`` milliseconds there."""
     ranks, here = Ranks(len(times)), threading.local()
 
-    def burst(way: str, call: Callable[[Any], Any]) -> float:
+    def burst(title: str, way: str, call: Callable[[Any], Any]) -> float:
         call(way)
-        return times[here.rank][way]
+        return times[here.rank][title]
 
     monkeypatch.setattr(tune, "_burst", burst)
 
@@ -130,12 +130,14 @@ def test_the_rest_after_a_burst_is_as_long_as_the_device_was_busy(monkeypatch: p
     monkeypatch.setattr(tune, "time", SimpleNamespace(sleep=rest, perf_counter=time.perf_counter))
     real = time.sleep
 
-    def main(rank: int, _: Ranks) -> float:
+    def main(rank: int, _: Ranks) -> None:
         here.rank = rank
         # One rank comes late, and an operation ends when both have come.
-        bursts = [tune._burst("way", lambda way: (real(0.001), ranks.barrier.wait(60))) for _ in range(6)]
-        return min(bursts)
+        titles, call = ["fused"] * 3 + ["chunked"] * 3, lambda way: (real(0.001), ranks.barrier.wait(60))
+        bursts = [tune._burst(title, None, call) for title in titles]
+        # Issuing a call took a millisecond, longer than the device, which did four in two.
+        assert min(bursts[:3]) >= 1.0
+        assert min(bursts[3:]) >= 2.0
 
-    # Issuing a call took a millisecond, longer than the device, which did four in two.
-    assert min(ranks.run(main)) >= 1.0
+    ranks.run(main)
     assert max(max(times) for times in rested) < 10 * busy
