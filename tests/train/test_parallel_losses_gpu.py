@@ -25,7 +25,7 @@ SETTINGS = {
     "train.dtype": "bfloat16",
     "train.evaluate_every": 0,
     "train.evaluation_windows": 16,
-    "optimizer.learning_rate": 1e-3,
+    "optimizer.learning_rate": 3e-4,
     "optimizer.warmup": 20,
     "checkpoint.every": 0,
     "comm.timeout": 120,
