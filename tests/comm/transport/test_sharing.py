@@ -78,8 +78,11 @@ def test_plans_pair_messages_and_keep_their_places() -> None:
         flag_columns = 256
 
         class Program:
-            def __init__(self, op: str, steps: int, sends: list[Any], arrivals: list[Any]) -> None:
+            def __init__(
+                self, op: str, steps: int, sends: list[Any], arrivals: list[Any], *turns: list[Any]
+            ) -> None:
                 self.sends, self.arrivals = sends, arrivals
+                assert turns == ([], [])  # for so few bytes
 
     rows = (3, 0, 5)
     plans = [
