@@ -16,7 +16,9 @@ from flashtrain.kernels.layout import rows_of
 
 PIECE = 64
 _COLUMNS, _WARPS = 2048, 4  # of a row, a program's: 16 values a thread
-_FINISH_COLUMNS = 512  # fewer, as few rows have several pieces
+# Of additions that are under way at once, as loads into shared memory: registers would be waited for in turn.
+_STAGES = 4
+_FINISH_COLUMNS, _FINISH_STAGES = 512, 8  # few rows have several pieces, but these may be many
 _SEARCHED = 256  # positions of a program that looks for runs
 
 
@@ -84,13 +86,13 @@ def pieces_kernel(  # type: ignore[no-untyped-def]
     ADD: tl.constexpr,
     PIECE: tl.constexpr,
     COLUMNS: tl.constexpr,
-    AHEAD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """``COLUMNS`` of the sum of the piece that begins at a position, where one does.
 
     The only piece of a run goes to the row of ``gradient [rows, width]``, or with ``ADD`` is added to it; one
-    of several goes to its slot of ``partial``. There are two slots to ``PIECE`` positions: of these at most
-    one begins a run of several pieces, which takes the second, and one more a later piece of another such run.
+    of several goes to its slot of ``partial``. ``PIECE`` positions have two slots: at most one of them begins
+    a run of several pieces, which takes the second, and at most one a later piece of another such run.
     """
     parts = tl.cdiv(width, COLUMNS)
     position = tl.program_id(0) // parts
@@ -106,17 +108,9 @@ def pieces_kernel(  # type: ignore[no-untyped-def]
         if ADD:
             before = tl.load(own, mask=inside & only, other=0.0)
         total = tl.zeros((COLUMNS,), dtype=tl.float32)
-        for done in range(0, count, AHEAD):
-            sources = ()
-            for step in tl.static_range(AHEAD):
-                at = done + step
-                sources += (tl.load(order + position + at, mask=at < count, other=0),)
-            slopes = ()
-            for step in tl.static_range(AHEAD):
-                place = dy + sources[step] * dy_row + column
-                slopes += (tl.load(place, mask=inside & (done + step < count), other=0.0),)
-            for step in tl.static_range(AHEAD):
-                total += slopes[step].to(tl.float32)
+        for at in tl.range(position, position + count, num_stages=STAGES):
+            source = tl.load(order + at)
+            total += tl.load(dy + source * dy_row + column, mask=inside, other=0.0).to(tl.float32)
         if only:
             if ADD:
                 total += before
@@ -139,7 +133,7 @@ def finish_kernel(  # type: ignore[no-untyped-def]
     ADD: tl.constexpr,
     PIECE: tl.constexpr,
     COLUMNS: tl.constexpr,
-    AHEAD: tl.constexpr,
+    STAGES: tl.constexpr,
 ):
     """The sum of the pieces of a run that begins in a block of ``PIECE`` positions, if one has several."""
     block = tl.program_id(0)
@@ -157,15 +151,9 @@ def finish_kernel(  # type: ignore[no-untyped-def]
         own = gradient + row.to(tl.int64) * width + column
         pieces = tl.cdiv(length, PIECE)
         total = tl.zeros((COLUMNS,), dtype=tl.float32)
-        for done in range(0, pieces, AHEAD):
-            sums = ()
-            for step in tl.static_range(AHEAD):
-                piece = done + step
-                slot = 2 * (block + piece) + (piece == 0).to(tl.int32)
-                place = partial + slot.to(tl.int64) * width + column
-                sums += (tl.load(place, mask=inside & (piece < pieces), other=0.0),)
-            for step in tl.static_range(AHEAD):
-                total += sums[step]
+        for piece in tl.range(pieces, num_stages=STAGES):
+            slot = tl.maximum(2 * (block + piece), 2 * block + 1)  # the first is the one that begins a run
+            total += tl.load(partial + slot.to(tl.int64) * width + column, mask=inside, other=0.0)
         if ADD:
             total += tl.load(own, mask=inside, other=0.0)
         tl.store(own, total.to(gradient.dtype.element_ty), mask=inside)
@@ -203,7 +191,7 @@ def backward(
     add: bool,
     columns: int = _COLUMNS,
     warps: int = _WARPS,
-    ahead: int = 4,
+    stages: int = _STAGES,
 ) -> None:
     """Write the rows of ``gradient [rows, H]``, or with ``add`` add to them, that ``tokens [...]`` name.
 
@@ -240,7 +228,7 @@ def backward(
         ADD=add,
         PIECE=PIECE,
         COLUMNS=columns,
-        AHEAD=ahead,
+        STAGES=stages,
         num_warps=warps,
     )
     if several:
@@ -257,6 +245,6 @@ def backward(
             ADD=add,
             PIECE=PIECE,
             COLUMNS=columns,
-            AHEAD=8,
+            STAGES=_FINISH_STAGES,
             num_warps=4,
         )

@@ -20,7 +20,9 @@ VOCABULARY = 12
 
 def batch(lengths: dict[int, int]) -> Tensor:
     """Each token as many times as told, in random order."""
-    tokens = torch.tensor([token for token, length in lengths.items() for _ in range(length)])
+    tokens = torch.tensor(
+        [token for token, length in lengths.items() for _ in range(length)], dtype=torch.long
+    )
     return tokens[torch.randperm(len(tokens), generator=torch.Generator().manual_seed(0))].to(DEVICE)
 
 
@@ -37,7 +39,7 @@ def rounded(x: Tensor, dtype: torch.dtype) -> Tensor:
 
 
 def in_order(dy: Tensor, tokens: Tensor, first: int, rows: int, start: Tensor | None = None) -> Tensor:
-    """fp32 sums of each row's gradients: pieces in the order of the tokens, then the pieces, then ``start``."""
+    """fp32 sums of each row's gradients: pieces in the order of tokens, then the pieces, then ``start``."""
     found = torch.zeros(rows, dy.shape[-1], device=dy.device) if start is None else start.clone()
     for row in range(rows):
         own, total = dy[tokens == first + row].float(), torch.zeros_like(found[0])
@@ -150,7 +152,7 @@ def test_a_rows_bits_depend_on_its_own_tokens_alone() -> None:
 def test_no_tokens_one_token_alone_and_tokens_of_no_row(
     lengths: dict[int, int], poisoned_memory: None
 ) -> None:
-    tokens, table = batch(lengths).long(), random(6, 16, dtype=torch.float16)
+    tokens, table = batch(lengths), random(6, 16, dtype=torch.float16)
     dy = random(len(tokens), 16, dtype=torch.float16)
     assert torch.equal(op.gradient_kernels(dy, tokens, 1, 6), in_order(dy, tokens, 1, 6).half())
     found = op.lookup_kernels(tokens, table, 1, VOCABULARY)
