@@ -20,10 +20,10 @@ def embedding(
 ) -> Tensor:
     """``table[tokens - first]``: ``tokens [...]``, ``table [rows, H]`` -> ``[..., H]`` in the table's dtype.
 
-    The table holds the rows from ``first`` on of ``vocabulary`` (None: it is all of it); a token of others has
-    zeros. On a GPU a token outside of the vocabulary has NaN, and an element of the table's gradient is one
-    fp32 sum in the order of the tokens, rounded once; with ``main`` it is added there, to the rows alone
-    that tokens name, and autograd gets none, except in compiled code. On a CPU, and in float64, the gradient
+    The table holds the rows from ``first`` on of ``vocabulary`` (None: it is all of it); a token of others
+    has zeros. On a GPU a token outside of the vocabulary has NaN, and an element of the table's gradient is
+    one fp32 sum in the order of the tokens, rounded once. With ``main`` it is added there, to the rows alone
+    that tokens name, and autograd gets none; except in compiled code. On a CPU, and in float64, the gradient
     is torch's. Raises UserError for a table that is no matrix or for tokens that are no integers.
     """
     if table.dim() != 2 or tokens.dtype not in (torch.int64, torch.int32):
@@ -41,8 +41,7 @@ def by_kernels(
     tokens: Tensor, table: Tensor, first: int, vocabulary: int, main: WeightGradient | None = None
 ) -> Tensor:
     """``embedding`` by the Triton kernels: ``[..., H]``."""
-    wanted = torch.is_grad_enabled() and table.requires_grad
-    if main is None or not wanted or torch.compiler.is_compiling():
+    if main is None or torch.compiler.is_compiling():
         y: Tensor = lookup_kernels(tokens, table, first, vocabulary)
     else:
         y = _Accumulating.apply(tokens, table, first, vocabulary, main)

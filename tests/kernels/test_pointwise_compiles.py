@@ -1,4 +1,4 @@
-"""The kernels of embedding, norm, gate and positions, compiled for Hopper at a Llama's sizes; needs no GPU."""
+"""The kernels of embedding, norm, gate and positions, compiled for Hopper at a Llama's sizes."""
 
 import os
 import subprocess
