@@ -8,12 +8,14 @@ import torch
 from torch import Tensor
 from torch.nn.functional import rms_norm, silu
 
+from flashtrain.kernels.embedding import op as embedding
 from flashtrain.kernels.rms_norm import op as norm
 from flashtrain.kernels.rms_norm import reference as norm_reference
 from flashtrain.kernels.rotary import op as rotary
 from flashtrain.kernels.rotary import reference as rotary_reference
 from flashtrain.kernels.swiglu import op as swiglu
 from flashtrain.kernels.swiglu import reference as swiglu_reference
+from flashtrain.kernels.weight_gradient import WeightGradient
 from flashtrain.nn.rotary import rotary_table
 
 HIDDEN, WIDTH, HEADS, KV_HEADS, HEAD_WIDTH = 4096, 14336, 32, 8, 128
@@ -35,7 +37,7 @@ class Liger:
 
 @dataclass
 class Case:
-    """One op: what is compared, on which inputs, and how many values a token moves each way at least."""
+    """One op: what is compared, on which inputs, and how many bytes move each way at least."""
 
     name: str
     ours: Function
@@ -43,7 +45,7 @@ class Case:
     wide: Function
     inputs: list[Tensor]
     slopes: list[Tensor]
-    values: tuple[int, int]
+    moved: tuple[int, int]
     liger: Liger | None
 
 
@@ -84,7 +86,7 @@ def cases(tokens: int) -> Iterator[Case]:
         lambda x, weight: norm_reference.rms_norm(x, weight, EPSILON),
         [x, weight],
         [dy],
-        (2 * HIDDEN, 3 * HIDDEN),
+        (2 * HIDDEN * tokens * 2, 3 * HIDDEN * tokens * 2),
         liger_norm([x, weight], [dy]),
     )
     yield Case(
@@ -94,7 +96,7 @@ def cases(tokens: int) -> Iterator[Case]:
         lambda *given: norm_reference.add_rms_norm(*given, EPSILON),
         [x, residual, weight],
         [dy, straight],
-        (4 * HIDDEN, 4 * HIDDEN),
+        (4 * HIDDEN * tokens * 2, 4 * HIDDEN * tokens * 2),
         liger_norm([x, residual, weight], [dy, straight]),
     )
     packed, dy = random(tokens, 1, 2 * WIDTH), random(tokens, 1, WIDTH)
@@ -105,7 +107,7 @@ def cases(tokens: int) -> Iterator[Case]:
         swiglu_reference.swiglu,
         [packed],
         [dy],
-        (3 * WIDTH, 5 * WIDTH),
+        (3 * WIDTH * tokens * 2, 5 * WIDTH * tokens * 2),
         liger_swiglu(packed, dy),
     )
     packed = random(tokens, 1, PACKED)
@@ -119,9 +121,57 @@ def cases(tokens: int) -> Iterator[Case]:
         lambda packed: rotary_reference.rotary_qkv(packed, table[:, : packed.shape[0]], *units),
         [packed],
         slopes,
-        (2 * PACKED, 2 * PACKED),
+        (2 * PACKED * tokens * 2, 2 * PACKED * tokens * 2),
         liger_rotary(table, slopes),
     )
+    yield from embedding_cases(tokens)
+
+
+def embedding_cases(positions: int) -> Iterator[Case]:
+    """With a gradient in bf16, and added to fp32 sums that hold some; tokens as frequent as words (Zipf)."""
+    vocabulary = min(128_256, 16 * positions)
+    frequency = 1 / torch.arange(1, vocabulary + 1, device=DEVICE)
+    tokens = torch.multinomial(frequency, positions, replacement=True)
+    table, dy, main = random(vocabulary, HIDDEN), random(positions, HIDDEN), None
+    row, touched = HIDDEN * 2, tokens.unique().numel()
+    forward = (touched + positions) * row
+    for name, backward in (
+        ("embedding", (positions + vocabulary) * row),
+        ("embedding_sums", positions * row + touched * HIDDEN * 4 * 2),
+    ):
+        if name == "embedding_sums":
+            main = WeightGradient(table)
+            main.add(torch.zeros_like(table))
+        yield Case(
+            name,
+            lambda table, main=main: embedding.embedding(tokens, table, main=main),
+            lambda table, main=main: torch.nn.functional.embedding(tokens, adding(table, main)),
+            lambda table, main=main: torch.nn.functional.embedding(tokens, adding(table, main)),
+            [table],
+            [dy],
+            (forward, backward),
+            None,
+        )
+
+
+class _Adding(torch.autograd.Function):
+    """A table whose gradient, that of all its rows, is added to an fp32 sum."""
+
+    @staticmethod
+    def forward(ctx: Any, table: Tensor, main: WeightGradient) -> Tensor:
+        ctx.main = main
+        return table.view_as(table)
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> tuple[None, None]:
+        ctx.main.add(gradient)
+        return None, None
+
+
+@torch.compiler.disable
+def adding(table: Tensor, main: WeightGradient | None) -> Tensor:
+    found: Tensor = table if main is None else _Adding.apply(table, main)
+    return found
 
 
 def liger_norm(given: list[Tensor], slopes: list[Tensor]) -> Liger | None:

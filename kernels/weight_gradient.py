@@ -48,6 +48,13 @@ class WeightGradient:
             torch.mul(gradient, factor, out=self.total)
         self.filled = True
 
+    def add_rows(self, write: Callable[[Tensor, bool], object]) -> None:
+        """Let ``write(total, add)`` add to some rows, or else store them where the others are to be zeros."""
+        if not self.filled:
+            self.total.zero_()
+        write(self.total, self.filled)
+        self.filled = True
+
     def clear(self) -> None:
         """Begin anew with the next product."""
         self.filled = False

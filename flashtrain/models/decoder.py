@@ -10,6 +10,7 @@ from flashtrain.errors import UserError
 from flashtrain.nn.attend import Documents
 from flashtrain.nn.attention import Attention
 from flashtrain.nn.block import Block
+from flashtrain.nn.embedding import Embedding
 from flashtrain.nn.flops import forward_flops
 from flashtrain.nn.flowhn import FlowHN
 from flashtrain.nn.hybrid import ParallelHeads, Pattern, Sublayers
@@ -129,7 +130,7 @@ class Decoder(nn.Module):
         config.validate()
         super().__init__()
         self.config = config
-        self.embedding = nn.Embedding(config.vocabulary, config.hidden)
+        self.embedding = Embedding(config.vocabulary, config.hidden)
         self.layers = nn.ModuleList(self._block(index) for index in range(config.layers))
         self.norm = RMSNorm(config.hidden, config.norm_epsilon)
         self.head = Head(config.hidden, config.vocabulary)

@@ -21,7 +21,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.tensor import DTensor, Shard
 from torch.distributed.tensor.parallel import ParallelStyle
 
-from flashtrain.comm import collectives, loss, ops, transport
+from flashtrain.comm import embedding, loss, ops, transport
 from flashtrain.errors import UserError
 
 
@@ -150,18 +150,14 @@ class RowParallelLinear(_OverTensorGroup, nn.Linear):
 
 
 class VocabularyParallelEmbedding(_OverTensorGroup, nn.Embedding):
-    """Rows of the table are sharded; ``tokens [S, B]`` (the same on every rank) -> ``[S/W, B, H]``.
-
-    Exactly one rank contributes a row that is not zero, so the sum is exact.
-    """
+    """Rows of the table are sharded; ``tokens [S, B]`` (the same on every rank) -> ``[S/W, B, H]``."""
 
     def forward(self, tokens: Tensor) -> Tensor:
-        table = _local(self.weight)
-        index = tokens.reshape(-1) - self.rank * table.shape[0]
-        elsewhere = (index < 0) | (index >= table.shape[0])
-        found = nn.functional.embedding(index.masked_fill(elsewhere, 0), table)
-        partial = found.masked_fill_(elsewhere.unsqueeze(-1), 0.0)
-        shard = collectives.reduce_scatter(partial, self.group, self.site)
+        table, main = _local(self.weight), _main_grad(self.weight)
+        first, vocabulary = self.rank * table.shape[0], self.world * table.shape[0]
+        shard = embedding.vocabulary_parallel_embedding(
+            tokens.reshape(-1), table, first, vocabulary, self.group, self.site, main
+        )
         return self._shard_like(shard, tokens.unsqueeze(-1))
 
 

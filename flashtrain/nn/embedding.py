@@ -1,0 +1,19 @@
+"""The table of a model's tokens."""
+
+from torch import Tensor, nn
+
+from flashtrain.kernels.embedding.op import embedding
+
+
+class Embedding(nn.Embedding):
+    """``tokens [...]`` -> their rows ``[..., width]`` of a table ``[vocabulary, width]``.
+
+    Weight, state and values are those of ``nn.Embedding``; on a GPU the gradient has one order of additions
+    and goes to ``weight.main_grad``, a ``WeightGradient``, if there is one.
+    """
+
+    def __init__(self, vocabulary: int, width: int) -> None:
+        super().__init__(vocabulary, width)
+
+    def forward(self, tokens: Tensor) -> Tensor:
+        return embedding(tokens, self.weight, main=getattr(self.weight, "main_grad", None))
