@@ -53,6 +53,7 @@ KERNELS = {
     "adamw": OPTIMIZER,
     "causal_conv": POINTWISE,
     "cross_entropy": LOSS,
+    "embedding": POINTWISE,
     "gated_norm": POINTWISE,
     "ordered_sum": EXPOSED,
     "overlapped_matmul": GEMM,
