@@ -7,7 +7,6 @@ one call into C++ an operation, which enqueues all copies, flags and kernels. Th
 depend on tiles, sub-chunks, arrival or who moves them.
 """
 
-from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -16,7 +15,6 @@ from torch import Tensor
 from flashtrain.comm.chunked import Landed
 from flashtrain.comm.schedule import Schedule
 from flashtrain.comm.transport.base import clock
-from flashtrain.comm.transport.landing import Landing
 
 if TYPE_CHECKING:
     from flashtrain.comm.transport.nvlink import NvlinkTransport
@@ -27,8 +25,6 @@ _TMA_BYTES = 16  # bases and row pitches are multiples of it
 _MOST_RANKS = 32  # one warp polls the peers' flags
 # One multiprocessor is left to other kernels while this one spins.
 SPARE = 1
-# Of carriers that gather: one stores while the other waits until what it stored has arrived.
-_GATHERING_TEAMS = 2
 
 
 def refusal(plan: Schedule, x: Tensor, w: Tensor) -> str | None:
@@ -45,35 +41,6 @@ def refusal(plan: Schedule, x: Tensor, w: Tensor) -> str | None:
     if plan.world > _MOST_RANKS:
         return f"{plan.world} ranks are more than {_MOST_RANKS}"
     return None
-
-
-def gathered_cargos(plan: Schedule, row_bytes: int, ranges: list[tuple[int, int]]) -> "list[Cargo]":
-    """Each own chunk for all peers, one range of columns ``[begin, end)`` after the other."""
-    from flashtrain.kernels.overlapped_matmul.carry import UNIT_BYTES, Cargo
-
-    found, pitch = [], row_bytes // UNIT_BYTES
-    columns = ranges[-1][1] // pitch  # of a unit
-    for sub, chunk in enumerate(plan.own):
-        _, offset, rows = plan.chunks[chunk]
-        for part, (begin, end) in enumerate(ranges):
-            first, width = begin // columns, (end - begin) // columns
-            start, column = (offset - plan.own_rows.start) * pitch + first, sub * len(ranges) + part
-            found.append(Cargo(start, rows, width, pitch, offset * pitch + first, column, 0, 0))
-    return found
-
-
-def scattered_cargos(plan: Schedule, row_bytes: int) -> "list[Cargo]":
-    """Each partial for its owner, once the product has signalled it by the number of its step."""
-    from flashtrain.kernels.overlapped_matmul.carry import UNIT_BYTES, Cargo
-
-    found, width, where = [], row_bytes // UNIT_BYTES, Landing(plan)
-    for number, step in enumerate(plan.steps):
-        owner, offset, rows = plan.chunks[step.compute]
-        if owner != plan.rank:
-            landing = where.span(owner, step.compute, plan.rank).start
-            column = step.compute % plan.subchunks
-            found.append(Cargo(offset * width, rows, width, width, landing * width, column, owner, number))
-    return found
 
 
 class _Fused:
@@ -117,36 +84,12 @@ class _Fused:
         made: _Fused = again(mover, self.plan, x, w, self._kernel.config, **options)
         return made
 
-    def _carrier(
-        self, cargos: "Callable[[], list[Cargo]]", source: int, given: int, device: torch.device
-    ) -> Any:
-        """Who carries ``cargos`` of address number ``source`` among ``given``; None for copy engines."""
-        if not self.carriers:
-            return None
-        from flashtrain.kernels.overlapped_matmul.carry import Carrier
+    def _carried(self, cargos: "list[Cargo]", source: int, given: int, device: torch.device) -> Any:
+        """What carries ``cargos`` of address number ``source`` among ``given``."""
+        from flashtrain.comm.carried import Carriers
 
-        mover, plan = self.mover, self.plan
-        carrier = Carrier(
-            cargos(),
-            self.carriers,
-            every=plan.gathers,
-            teams=_GATHERING_TEAMS if plan.gathers else plan.world - 1,
-            rank=plan.rank,
-            world=plan.world,
-            device=device,
-        )
-        self._keep = carrier  # whose cargos the kernel reads
-        place = carrier.names.index
-        counters = mover.counters(device)[mover.core.flag_columns :]
-        return mover.core.KernelCall(
-            launch=carrier.launch,
-            blocks=carrier.blocks,
-            values=carrier.template(counters=counters.data_ptr(), stop=mover.stop_word),
-            places=[[place("source")] if number == source else [] for number in range(given)],
-            epoch=[place("epoch")],
-            directory=[place("directory")],
-            signals=[place("ready")],
-        )
+        self._keep = Carriers(self.mover, self.plan, cargos, self.carriers, source, given, device)
+        return self._keep.call
 
     def _start(self, given: list[int], site: str) -> int:
         self.mover.hold(self)
@@ -167,6 +110,7 @@ class FusedGather(_Fused):
         carriers: int = 0,
         parts: int = 1,
     ) -> None:
+        from flashtrain.comm import carried
         from flashtrain.kernels.overlapped_matmul.plan import Part
         from flashtrain.kernels.overlapped_matmul.prepared import GatherMatmul
 
@@ -200,15 +144,14 @@ class FusedGather(_Fused):
             flags=[place("flags")],
             epoch=[place("epoch")],
         )
+        carrier = None
+        if carriers:
+            cargos = carried.gathered(plan, self.row_bytes, kernel.column_ranges(parts))
+            carrier = self._carried(cargos, 0, 3, x_shard.device)
         self.product = mover.core.FusedProduct(
             program=self.messages.program,
             product=product,
-            carrier=self._carrier(
-                lambda: gathered_cargos(plan, self.row_bytes, kernel.column_ranges(parts)),
-                0,
-                3,
-                x_shard.device,
-            ),
+            carrier=carrier,
             source=0,
             offsets=[
                 (plan.chunks[send.chunk].offset - own.start) * self.row_bytes for send in self.messages.sends
@@ -249,6 +192,7 @@ class FusedScatter(_Fused):
         *,
         carriers: int = 0,
     ) -> None:
+        from flashtrain.comm import carried
         from flashtrain.kernels.overlapped_matmul.plan import Part
         from flashtrain.kernels.overlapped_matmul.prepared import MatmulScatter
 
@@ -283,10 +227,13 @@ class FusedScatter(_Fused):
             # Copy engines wait for words in memory of the host.
             signals=[place("ready")] if carriers else [],
         )
+        carrier = None
+        if carriers:
+            carrier = self._carried(carried.scattered(plan, self.row_bytes), 3, len(given), x.device)
         self.product = mover.core.FusedProduct(
             program=self.messages.program,
             product=product,
-            carrier=self._carrier(lambda: scattered_cargos(plan, self.row_bytes), 3, len(given), x.device),
+            carrier=carrier,
             source=3,
             offsets=[plan.chunks[send.chunk].offset * self.row_bytes for send in self.messages.sends],
             early=False,

@@ -71,12 +71,14 @@ def interpreted() -> Iterator[None]:
 
 
 def load() -> SimpleNamespace:
-    """The modules of ``overlapped_matmul``: kernels under the interpreter where there is no GPU."""
+    """The modules of ``overlapped_matmul``, and carriers: in the interpreter where there is no GPU."""
     with interpreted():
+        from flashtrain.comm import carried
         from flashtrain.kernels import launch
         from flashtrain.kernels.overlapped_matmul import carry, config, plan, prepared, reference
         from flashtrain.kernels.overlapped_matmul import triton as kernels
     return SimpleNamespace(
+        carried=carried,
         carry=carry,
         config=config,
         launch=launch,

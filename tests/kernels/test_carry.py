@@ -6,12 +6,13 @@ import pytest
 import torch
 from torch import Tensor
 
-from flashtrain.comm import fused, schedule
+from flashtrain.comm import schedule
 from flashtrain.comm.schedule import Schedule
 from flashtrain.comm.transport.landing import Landing
 from tests.kernels.interpreter import DEVICE, ON_GPU, load
 
 modules = load()
+carried = modules.carried
 carry, kernels, prepared = modules.carry, modules.kernels, modules.prepared
 Config, Part = modules.config.Config, modules.plan.Part
 
@@ -93,7 +94,7 @@ def test_every_peer_gets_all_rows_of_a_rank(rows: list[int], subchunks: int, par
     for plan in plans:
         own = whole[plan.own_rows].clone()
         kernel = gather(plan, own, whole, w, parts)
-        cargos = fused.gathered_cargos(plan, 2 * inner, kernel.column_ranges(parts))
+        cargos = carried.gathered(plan, 2 * inner, kernel.column_ranges(parts))
         assert len(cargos) == subchunks * parts
         ranks.carry(plan.rank, own, cargos, blocks, words(1), teams=2)
     assert_arrived(ranks, subchunks * parts)
@@ -127,6 +128,6 @@ def test_every_owner_gets_its_partials(rows: list[int], subchunks: int, blocks: 
         partials = torch.cat([contribution(plan, c, plan.rank, width) for c in range(len(plan.chunks))])
         ready = words(len(plan.steps))
         ready[: len(plan.steps) - subchunks] = EPOCH  # the own ones, last, are nobody's to carry
-        cargos = fused.scattered_cargos(plan, 2 * width)
+        cargos = carried.scattered(plan, 2 * width)
         ranks.carry(plan.rank, partials, cargos, blocks, ready, teams=len(rows) - 1)
     assert_arrived(ranks, subchunks)
