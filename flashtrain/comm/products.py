@@ -152,7 +152,9 @@ def _carried(
     found: dict[str, Callable[[], Any]] = {}
     sms = torch.cuda.get_device_properties(x.device).multi_processor_count - fused.SPARE
     tiles = sum(-(-rows // config.block_m) for rows in counts) * -(-w.shape[0] // config.block_n)
-    for carriers in _CARRIERS:
+    for fewest in _CARRIERS:
+        # Those of a scatter share out the peers, evenly.
+        carriers = fewest if gathers else -(-fewest // (world - 1)) * (world - 1)
         name = f"fused carried by {carriers} {config} in"
         if gathers and tiles <= sms - carriers:
             plan = plan_of(op, counts, group, 1, in_turn=True)

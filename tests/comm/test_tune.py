@@ -1,6 +1,7 @@
 """The choice among ways: the fastest, the same on every rank, measured once. On GPUs: test_nvlink.py."""
 
 import json
+import re
 import threading
 import time
 from collections.abc import Callable
@@ -11,7 +12,7 @@ from typing import Any
 import pytest
 import torch
 
-from flashtrain.comm import tune
+from flashtrain.comm import products, tune
 from tests.comm.transport.fake_gpu import Ranks
 
 DEVICE = torch.device("cpu")
@@ -141,3 +142,43 @@ def test_the_rest_after_a_burst_is_as_long_as_the_device_was_busy(monkeypatch: p
 
     ranks.run(main)
     assert max(max(times) for times in rested) < 10 * busy
+
+
+@pytest.mark.parametrize(
+    ("op", "rows", "inner", "columns", "world", "expected"),
+    [
+        ("all_gather", 2048, 4096, 1536, 4, ["by 12 in columns", "by 33 in columns"]),  # tiles at once
+        ("all_gather", 16384, 4096, 1536, 4, []),
+        ("all_gather", 2048, 4096, 7168, 4, []),  # a product that is longer than its transfers
+        (
+            "reduce_scatter",
+            16384,
+            1024,
+            4096,
+            4,
+            [f"by {n} in {subs}" for n in (12, 33) for subs in (2, 4, 8)],
+        ),
+        ("reduce_scatter", 2048, 1024, 4096, 4, [f"by {n} in {subs}" for n in (12, 33) for subs in (2, 4)]),
+        ("reduce_scatter", 2048, 512, 4096, 8, [f"by {n} in 2" for n in (14, 35)]),  # as many for each peer
+        ("reduce_scatter", 2048, 3584, 4096, 4, []),
+    ],
+)
+def test_carriers_are_tried_where_transfers_set_the_pace(
+    op: str,
+    rows: int,
+    inner: int,
+    columns: int,
+    world: int,
+    expected: list[str],
+    monkeypatch: pytest.MonkeyPatch,
+) -> None:
+    monkeypatch.setattr(products, "plan_of", lambda *given, **options: None)
+    properties = SimpleNamespace(multi_processor_count=132)
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: properties)
+    gathers = op == "all_gather"
+    x = torch.empty(rows // world if gathers else rows, inner, dtype=torch.bfloat16, device="meta")
+    w = torch.empty(columns, inner, dtype=torch.bfloat16, device="meta")
+    found = products._carried(None, op, (rows // world,) * world, "", x, w)
+    assert [re.sub(r" 128x256\S* s\d w\d split g\d+", "", name) for name in found] == [
+        f"fused carried {name}" for name in expected
+    ]
