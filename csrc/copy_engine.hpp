@@ -135,6 +135,7 @@ class CopyEngine {
   void come_after_opening();
   void come_after_the_last(const CopyEngine& other);
   void come_after_other_products();
+  void forget_products();
   void copies_end_here();
   void wait_for_copies();
   void wait_on(StreamHandle stream, uint32_t which);
