@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from flashtrain.comm import transport
 from flashtrain.comm.chunked import Landed
 from flashtrain.comm.schedule import Schedule
 from flashtrain.comm.transport.base import clock
@@ -23,8 +24,6 @@ if TYPE_CHECKING:
 
 _TMA_BYTES = 16  # bases and row pitches are multiples of it
 _MOST_RANKS = 32  # one warp polls the peers' flags
-# One multiprocessor is left to other kernels while this one spins.
-SPARE = 1
 
 
 def refusal(plan: Schedule, x: Tensor, w: Tensor) -> str | None:
@@ -63,7 +62,7 @@ class _Fused:
         self.row_bytes = columns * x.itemsize
         self.own_offset = plan.own_rows.start * self.row_bytes
         self.messages = mover.plan(plan, self.row_bytes, parts, engines=not carriers)
-        self.carriers, self.parts, self.spare = carriers, parts, SPARE + carriers
+        self.carriers, self.parts, self.spare = carriers, parts, transport.spare_sms() + carriers
         pitch = w.stride(0) if w.stride(1) == 1 else w.stride(1) if w.stride(0) == 1 else 1
         self._copies_weight = pitch * w.itemsize % _TMA_BYTES != 0
 

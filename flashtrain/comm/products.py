@@ -150,7 +150,7 @@ def _carried(
     if 2 * w.numel() * world > _MOST_OPERATIONS * (world - 1) * width * x.itemsize:
         return {}
     found: dict[str, Callable[[], Any]] = {}
-    sms = torch.cuda.get_device_properties(x.device).multi_processor_count - fused.SPARE
+    sms = torch.cuda.get_device_properties(x.device).multi_processor_count - transport.spare_sms()
     tiles = sum(-(-rows // config.block_m) for rows in counts) * -(-w.shape[0] // config.block_n)
     for fewest in _CARRIERS:
         # Those of a scatter share out the peers, evenly.
@@ -193,7 +193,9 @@ def _choose(
     from flashtrain.kernels.overlapped_matmul.config import configs, default_config
 
     sms = torch.cuda.get_device_properties(x.device).multi_processor_count
-    usual = default_config([chunk.rows for chunk in plan.chunks], w.shape[0], x.dtype, sms - fused.SPARE)
+    usual = default_config(
+        [chunk.rows for chunk in plan.chunks], w.shape[0], x.dtype, sms - transport.spare_sms()
+    )
     listed = sorted(configs(x.dtype), key=lambda config: config != usual)
     candidates: dict[str, Callable[[], Any]] = {}
     for subchunks in _SUBCHUNKS:

@@ -31,6 +31,9 @@ __all__ = [
 
 log = logging.getLogger("flashtrain.comm")
 
+# The most blocks of a kernel of NCCL, each on a multiprocessor, in groups that go over it.
+NCCL_BLOCKS = 16
+
 
 @dataclass(frozen=True, kw_only=True)
 class Settings:
@@ -47,6 +50,9 @@ class Settings:
     ``tune``: measure the ways of a product once for each of its shapes where it can be fused, and keep the
     fastest (``comm.tune``).
     ``arena_bytes``: the most device memory that the landing buffers of one group may take on nvlink.
+    ``spare_sms``: multiprocessors that fused products leave to other kernels while they wait for their peers.
+    Where collectives of NCCL run beside them, as many as those take (``NCCL_MAX_CTAS``), or each could wait
+    for what the other keeps from running; groups that this engine itself moves over NCCL see to that.
     ``graphs``: let operations on nvlink be captured in CUDA graphs, once they have run outside of one with
     the same shapes. They then have landing buffers of their own, which doubles that memory.
     """
@@ -59,6 +65,7 @@ class Settings:
     fused: bool = True
     tune: bool = True
     arena_bytes: int = 8 << 30
+    spare_sms: int = 1
     graphs: bool = False
 
     def validate(self) -> None:
@@ -67,6 +74,8 @@ class Settings:
             raise UserError(f"comm.subchunks is {self.subchunks}; it must be at least 1")
         if self.timeout <= 0:
             raise UserError(f"comm.timeout is {self.timeout}; it must be a number of seconds above 0")
+        if self.spare_sms < 1:
+            raise UserError(f"comm.spare_sms is {self.spare_sms}; it must be at least 1")
         if self.arena_bytes < 4 << 20:
             raise UserError(f"comm.arena_bytes is {self.arena_bytes}; it must be at least {4 << 20} (4 MiB)")
 
@@ -96,6 +105,12 @@ def in_use() -> list[Transport]:
     return list(dict.fromkeys(_transports.values()))
 
 
+def spare_sms() -> int:
+    """Multiprocessors that fused products leave free now: see ``Settings``."""
+    over_nccl = any(isinstance(one, GroupTransport) and one.asynchronous for one in in_use())
+    return max(_settings.spare_sms, NCCL_BLOCKS if over_nccl else 1)
+
+
 def of(group_name: str, device: torch.device, lane: int = 0) -> Transport:
     """The transport that moves tensors of ``device`` between the ranks of the named process group.
 
@@ -118,8 +133,12 @@ def of(group_name: str, device: torch.device, lane: int = 0) -> Transport:
                 "captured; set comm.graphs, and run what is to be captured once before"
             )
         first = of(group_name, device) if lane else None
+        spare = spare_sms()
         found = first if first and not first.one_at_a_time else _choose(groups.resolve(group_name), device)
         _transports[key] = found
+        if spare_sms() != spare:
+            for transport in in_use():
+                transport.forget_ways()
         if found is not first:
             log.info("transport for %d ranks of group %s: %s", found.world, group_name, found.name)
     if found.captured is not None and capturing():
@@ -146,8 +165,9 @@ def _choose(group: dist.ProcessGroup, device: torch.device) -> Transport:
             raise UserError(f"comm.transport is {wanted}, but {why_not}; use comm.transport group")
         log.info("no shared-memory transport for this group: %s", why_not)
     if group.size() > 1 and backend == "nccl":
-        ranks = dist.get_process_group_ranks(group)
-        group = dist.new_group(ranks, backend="nccl", use_local_synchronization=True)
+        ranks, options = dist.get_process_group_ranks(group), dist.ProcessGroupNCCL.Options()
+        options.config.max_ctas = NCCL_BLOCKS
+        group = dist.new_group(ranks, backend="nccl", pg_options=options, use_local_synchronization=True)
     return GroupTransport(group, _settings.timeout, device.type)
 
 

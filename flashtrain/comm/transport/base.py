@@ -193,6 +193,12 @@ class Transport(ABC):
         self.ways[key] = way
         return way
 
+    def forget_ways(self) -> None:
+        """Choose anew how products are computed, those of captured operations as well."""
+        self.ways.clear()
+        if self.captured is not None:
+            self.captured.forget_ways()
+
     def uncaptured(self, site: str) -> UserError:
         """That an operation here cannot become part of a CUDA graph, and why."""
         return UserError(

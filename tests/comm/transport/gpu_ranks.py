@@ -174,6 +174,40 @@ def fused_bits(rank: int, world: int, subchunks: int) -> int:
     return compared
 
 
+def beside_nccl(rank: int, world: int, rounds: int) -> int:
+    """Products of pairs of ranks while NCCL reduces between the pairs; how many were wrong.
+
+    Ranks are late at random, so that here a product comes first and there a collective.
+    """
+    blocks = 8
+    os.environ["NCCL_MAX_CTAS"] = os.environ["NCCL_MIN_CTAS"] = str(blocks)
+    torch.cuda.set_device(rank)
+    transport.configure(transport.Settings(transport="nvlink", timeout=20.0, tune=False, spare_sms=blocks))
+    half = world // 2
+    pairs = [dist.new_group([first, first + 1]) for first in range(0, world, 2)]
+    across = [dist.new_group([rank, rank + half], backend="nccl") for rank in range(half)]
+    pair, other = pairs[rank // 2], across[rank % half]
+    mine, rows, delays = rank % 2, 8192, random.Random(rank)
+    w = [draw(seed, 2048, 2048, dtype=torch.bfloat16) for seed in (0, 1)]
+    x = [draw(seed, rows, 2048, dtype=torch.bfloat16) for seed in (2, 3)]
+    sums, side = torch.ones(64 << 20, device="cuda"), torch.cuda.Stream()
+    wanted: Tensor | None = None
+    wrong = torch.zeros((), dtype=torch.int64, device="cuda")
+    for number in range(rounds):
+        with torch.cuda.stream(side):
+            torch.cuda._sleep(delays.randrange(200_000))
+            dist.all_reduce(sums, op=dist.ReduceOp.AVG, group=other)
+        torch.cuda._sleep(delays.randrange(200_000))
+        y = carried(x[mine], w[mine], pair.group_name, rows, 2, 12)
+        up, _ = ops.all_gather_matmul(y, w[mine], pair.group_name, f"up {number}", rows)
+        wanted = up.clone() if wanted is None else wanted
+        wrong += (up != wanted).any()
+    side.synchronize()
+    found = int(wrong) + int((sums != 1).any())
+    stop()
+    return found
+
+
 def carried(
     x: Tensor, w: Tensor, group: str, rows: int, subchunks: int, carriers: int, parts: int = 0
 ) -> Tensor:

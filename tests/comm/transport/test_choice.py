@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+from types import SimpleNamespace
 from typing import Any
 
 import pytest
@@ -11,6 +12,7 @@ import torch.distributed as dist
 from flashtrain.comm import collectives, transport
 from flashtrain.comm.transport import host
 from flashtrain.errors import UserError
+from tests.comm.doubles import LosesChunks
 from tests.distributed import run_distributed
 
 CPU = torch.device("cpu")
@@ -151,3 +153,36 @@ def test_bad_settings_are_named_and_change_nothing(settings: transport.Settings,
     with pytest.raises(UserError, match=name):
         transport.configure(settings)
     assert transport.settings() is before
+
+
+def test_products_leave_room_for_kernels_of_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A group over NCCL gets few blocks, and products that were prepared before it are forgotten."""
+    given: dict[str, Any] = {}
+
+    class Options:
+        def __init__(self) -> None:
+            self.config = SimpleNamespace(max_ctas=None)
+
+    def new_group(ranks: list[int], **options: Any) -> Any:
+        given.update(options)
+        return SimpleNamespace(rank=lambda: 0, size=lambda: 2)
+
+    monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(Options=Options), raising=False)
+    monkeypatch.setattr(dist, "new_group", new_group)
+    monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [0, 1])
+    monkeypatch.setattr(transport.groups, "resolve", lambda name: new_group([0, 1]))
+    monkeypatch.setattr(transport.groups, "backend", lambda group, device: "nccl")
+    transport.configure(transport.Settings(transport="group"))
+    assert transport.spare_sms() == 1
+    before = LosesChunks(0, 2, 1.0)
+    before.ways["a shape"] = "a way"
+    transport.assign("a group of the test", "cuda", before)
+    found = transport.of("another", torch.device("cuda"))
+    assert found.asynchronous
+    assert given["pg_options"].config.max_ctas == transport.spare_sms() == transport.NCCL_BLOCKS
+    assert not before.ways
+    transport.configure(transport.Settings(spare_sms=40))
+    assert transport.spare_sms() == 40
+    transport.configure(transport.Settings())
+    with pytest.raises(UserError, match=r"comm\.spare_sms is 0; it must be at least 1"):
+        transport.Settings(spare_sms=0).validate()

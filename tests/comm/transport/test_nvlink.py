@@ -62,3 +62,8 @@ def test_a_peer_that_stops_is_named_and_the_context_survives(
         if rank != world - 1:
             assert f"peer rank {world - 1}" in message or f"of rank {world - 1} never arrived" in message
             assert result["took"] < 3.5
+
+
+@pytest.mark.skipif(GPUS < 4, reason="needs 4 GPUs")
+def test_products_and_collectives_of_nccl_beside_them_end() -> None:
+    assert run_distributed(gpu_ranks.beside_nccl, 4, 300, timeout=100) == [0] * 4
