@@ -71,7 +71,8 @@ def test_a_run_by_branches_is_that_of_one_rank_and_goes_on_anywhere(dtype: str, 
     broken = str(tmp_path / "broken")
     run_distributed(_move, 2, of(both), broken, 2)
     assert run_distributed(_move, 2, of(both), broken, 2) == unbroken
-    for degrees in (Degrees(), Degrees(data=2), Degrees(tensor=2), Degrees(branches=2, data=2), both):
+    others = (Degrees(data=2), Degrees(tensor=2), Degrees(branches=2, data=2)) if dtype == "float32" else ()
+    for degrees in (Degrees(), *others, both):
         moved = run_distributed(_move, degrees.world, of(degrees), broken, 0)
         for rank, found in enumerate(moved):
             assert found == (unbroken[rank % 2] if degrees.branches == 2 else whole), degrees
