@@ -117,7 +117,7 @@ class _Bench:
             self.exchange = transport.exchange_of(dist.group.WORLD.group_name)  # type: ignore[union-attr]
             if dist.get_rank() == 0:
                 print(f"{self.args.recipe}: ", end="")
-            line = ranks.describe(self.mesh, self.device)
+            line = ranks.describe(self.mesh, self.device, self.config.parallel.branches > 1)
             if dist.get_rank() == 0:
                 print(line, flush=True)
             try:

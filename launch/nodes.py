@@ -71,7 +71,7 @@ def _checked(words: Sequence[str], nodes: int, processes: int) -> list[str]:
     config = train.resolve(parsed)
     if config.parallel.world != nodes * processes:
         raise UserError(
-            f"{train.degrees(config.parallel)} asks for {config.parallel.world} ranks, but {nodes} nodes x "
+            f"{config.parallel} asks for {config.parallel.world} ranks, but {nodes} nodes x "
             f"{processes} processes are {nodes * processes}"
         )
     out = [] if parsed.out else [f"--out={Path('runs') / parsed.recipe}"]

@@ -23,8 +23,8 @@ def add_parser(subparsers: Any) -> None:
         description="Train a model. Settings come from the recipe, then the file, then the command line.",
         epilog=(
             "The same command on a folder with a checkpoint goes on from there. Without torchrun, "
-            "parallel.tensor x parallel.data local ranks are started. Under torchrun, the ranks that it "
-            "started are used; flashtrain nodes prints how to start them."
+            "parallel.tensor x parallel.data x parallel.branches local ranks are started. Under torchrun, "
+            "the ranks that it started are used; flashtrain nodes prints how to start them."
         ),
     )
     parser.add_argument(
@@ -73,7 +73,7 @@ def on_these_ranks(parallel: Any) -> bool:
         return bool(world == 1)
     started = int(os.environ["WORLD_SIZE"])
     if started != world:
-        raise UserError(f"{degrees(parallel)} asks for {world} ranks, but torchrun started {started}")
+        raise UserError(f"{parallel} asks for {world} ranks, but torchrun started {started}")
     return True
 
 
@@ -117,8 +117,3 @@ def _words(args: argparse.Namespace) -> list[str]:
     """The command line that means ``args``."""
     file = [f"--config={args.config}"] if args.config else []
     return ["train", args.recipe, *file, f"--out={_out(args)}", *args.settings]
-
-
-def degrees(parallel: Any) -> str:
-    """The degrees of parallelism and their settings, for messages."""
-    return " x ".join(f"parallel.{name} {degree}" for name, degree in vars(parallel).items())

@@ -111,6 +111,21 @@ class Decoder(nn.Module):
             ):
                 _must_divide(name, parts, "parallel.tensor", tensor_degree)
 
+        def validate_branches(self, ranks: int) -> None:
+            """Raise UserError if attention and SSM of each block cannot be on one of ``ranks`` ranks each."""
+            layout = self.layout
+            if not isinstance(layout, ParallelHeads.Config | FlowHN.Config):
+                kind = "None" if layout is None else "Pattern.Config"
+                raise UserError(
+                    f"parallel.branches is {ranks}, but blocks of model.layout {kind} have no attention and "
+                    "SSM side by side: choose FlowHN.Config or ParallelHeads.Config"
+                )
+            # What both branches need is cut over the ranks, MLPs of a branch are not.
+            _must_divide("model.vocabulary", self.vocabulary, "parallel.branches", ranks)
+            if isinstance(layout, ParallelHeads.Config) or layout.ffn == "shared":
+                width = self.mlp_width // PACKING
+                _must_divide(f"model.mlp_width / {PACKING}", width, "parallel.branches", ranks)
+
         def _validate_positions(self) -> None:
             """Raise UserError for a base or a scaling that gives no frequencies."""
             scaling = self.rope_scaling

@@ -1,6 +1,6 @@
 """FlowHN (arXiv 2505.19472): attention and SSM side by side, each on its own part of the tokens."""
 
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Any, Literal, NamedTuple, cast
@@ -10,12 +10,10 @@ from torch import Tensor, nn
 
 from flashtrain.errors import UserError
 from flashtrain.nn.flops import forward_flops
-from flashtrain.nn.hybrid import Layer, Sublayers
+from flashtrain.nn.hybrid import Beside, Layer, Piece, Sublayers
 from flashtrain.nn.mamba1 import Mamba1
 from flashtrain.nn.ssm import Mamba2
 from flashtrain.nn.windows import Strategy, Windows, balanced_share
-
-Piece = tuple[int, Callable[[Tensor], Tensor]]
 
 
 class FlowPast(NamedTuple):
@@ -30,9 +28,9 @@ class Routing(nn.Module):
     """Cuts a sequence into pieces, has each computed, and puts them together in order."""
 
     def forward(self, x: Tensor, pieces: Sequence[Piece]) -> Tensor:
-        """``x [S, B, H]`` -> the same; each piece is its number of tokens and what computes it."""
-        parts = x.split([count for count, _ in pieces])
-        return torch.cat([compute(part) for part, (_, compute) in zip(parts, pieces, strict=True)])
+        """``x [S, B, H]`` -> the same; ``pieces`` are of consecutive tokens, S in all."""
+        parts = x.split([piece.tokens for piece in pieces])
+        return torch.cat([piece.compute(part) for part, piece in zip(parts, pieces, strict=True)])
 
 
 class FlowHN(nn.Module):
@@ -99,8 +97,12 @@ class FlowHN(nn.Module):
 
         self.ssm_branch = branch("ssm", of.ssm(config.ssm))
         self.attention_branch = branch("attention", of.attention())
-        self.routing = Routing()
-        width = of.hidden * (2 if config.strategy == "none" else 1)
+        both = config.strategy == "none"
+        if both:
+            self.beside = Beside()
+        else:
+            self.routing = Routing()
+        width = of.hidden * (2 if both else 1)
         self.fuse = nn.Linear(width, of.hidden, bias=False)
         self.norm = of.norm()
         if config.ffn == "shared":
@@ -156,13 +158,14 @@ class FlowHN(nn.Module):
         now = _Branches(self.ssm_branch, self.attention_branch, past)
         count = rotary.shape[1]
         if self.config.strategy == "none":
-            mixed = torch.cat([now.ssm(rotary, x), now.attention(rotary, x)], dim=-1)
+            pieces = [Piece(count, kind, partial(now.compute, kind, rotary)) for kind in ("ssm", "attention")]
+            mixed = torch.cat(self.beside(x, pieces), dim=-1)
         else:
             pieces = self._pieces(now, rotary, past.tokens, count)
             mixed = self.routing(x, pieces)
         normed, y = self.norm(self.fuse(mixed), x)
         last = self.mlp if self.config.ffn == "shared" else self.final
-        return y + last(normed), FlowPast(past.tokens + count, now.of_attention, now.of_ssm)
+        return y + last(normed), FlowPast(past.tokens + count, **now.states)
 
     def _pieces(self, now: "_Branches", rotary: Tensor, first: int, count: int) -> list[Piece]:
         """What is before the window, in it, and after it, of ``count`` tokens from ``first`` on."""
@@ -171,10 +174,10 @@ class FlowHN(nn.Module):
         if end > length:
             raise UserError(f"a sequence of {end} tokens is longer than model.layout.length {length}")
         before, after = (min(max(edge, first), end) for edge in self.window(length))
-        edges = ((first, before, now.ssm), (before, after, now.attention), (after, end, now.ssm))
+        edges = ((first, before, "ssm"), (before, after, "attention"), (after, end, "ssm"))
         return [
-            (stop - start, partial(compute, rotary[:, start - first : stop - first]))
-            for start, stop, compute in edges
+            Piece(stop - start, kind, partial(now.compute, kind, rotary[:, start - first : stop - first]))
+            for start, stop, kind in edges
             if stop > start
         ]
 
@@ -183,15 +186,11 @@ class _Branches:
     """The two branches in one pass, each with the state that it has reached."""
 
     def __init__(self, ssm: nn.ModuleList, attention: nn.ModuleList, past: FlowPast) -> None:
-        self._ssm, self._attention = ssm, attention
-        self.of_ssm, self.of_attention = past.ssm, past.attention
+        self._layers = {"ssm": ssm, "attention": attention}
+        self.states = {"ssm": past.ssm, "attention": past.attention}
 
-    def ssm(self, rotary: Tensor, x: Tensor) -> Tensor:
-        y, self.of_ssm = _through(self._ssm, x, rotary, self.of_ssm)
-        return y
-
-    def attention(self, rotary: Tensor, x: Tensor) -> Tensor:
-        y, self.of_attention = _through(self._attention, x, rotary, self.of_attention)
+    def compute(self, kind: str, rotary: Tensor, x: Tensor) -> Tensor:
+        y, self.states[kind] = _through(self._layers[kind], x, rotary, self.states[kind])
         return y
 
 

@@ -4,8 +4,9 @@ A layout makes the blocks of a decoder out of ``Sublayers``. Each block is ``blo
 ``extend`` for decoding, and counts its own FLOPs.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import Any, Literal, NamedTuple
 
 import torch
@@ -111,6 +112,22 @@ class Pattern:
             return Layer(kind, of.mlp(), of.norm())
 
 
+class Piece(NamedTuple):
+    """T ``tokens`` of a sequence, and what ``branch``, ssm or attention, does: ``compute(x [T, B, H])``."""
+
+    tokens: int
+    branch: str
+    compute: Callable[[Tensor], Tensor]
+
+
+class Beside(nn.Module):
+    """Has branches computed on the same tokens."""
+
+    def forward(self, x: Tensor, pieces: Sequence[Piece]) -> list[Tensor]:
+        """``x [S, B, H]`` or a shard of its rows -> what each of ``pieces`` gives for all of it, in order."""
+        return [piece.compute(x) for piece in pieces]
+
+
 class ParallelHeads(nn.Module):
     """Attention and SSM read the same normed tokens (Falcon-H1, arXiv 2507.22448), then comes an MLP.
 
@@ -142,6 +159,7 @@ class ParallelHeads(nn.Module):
         self.scales = config.ssm_multiplier, config.attention_multiplier
         self.norm = of.norm()
         self.attention, self.ssm = of.attention(), of.ssm(config.ssm)
+        self.beside = Beside()
         concat = config.join == "concat"
         self.join = nn.Linear(2 * of.hidden, of.hidden, bias=False) if concat else None
         self.mlp_norm, self.mlp = of.norm(), of.mlp()
@@ -153,10 +171,15 @@ class ParallelHeads(nn.Module):
     def extend(self, x: Tensor, rotary: Tensor, past: Any) -> tuple[Tensor, Any]:
         """``x [S, B, hidden]`` after the tokens of ``past`` -> the same, and what later tokens need."""
         normed = self.norm(x)
-        before = past or (None, None)
-        ssm, state = mix("ssm", self.ssm, normed, rotary, before[0])
-        attention, cache = mix("attention", self.attention, normed, rotary, before[1])
+        states = dict(zip(("ssm", "attention"), past or (None, None), strict=True))
+
+        def compute(kind: str, of_normed: Tensor) -> Tensor:
+            mixed, states[kind] = mix(kind, self.get_submodule(kind), of_normed, rotary, states[kind])
+            return mixed
+
+        pieces = [Piece(rotary.shape[1], kind, partial(compute, kind)) for kind in states]
+        ssm, attention = self.beside(normed, pieces)
         ssm, attention = self.scales[0] * ssm, self.scales[1] * attention
         joined = ssm + attention if self.join is None else self.join(torch.cat([ssm, attention], dim=-1))
         normed, x = self.mlp_norm(joined, x)
-        return x + self.mlp(normed), (state, cache)
+        return x + self.mlp(normed), tuple(states.values())

@@ -10,7 +10,7 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from flashtrain.comm import collectives
 from flashtrain.errors import UserError
-from flashtrain.parallel import data, ssm, tensor
+from flashtrain.parallel import branches, data, ssm, tensor
 from flashtrain.parallel.heads import HeadParallel
 from flashtrain.parallel.mesh import DATA, TENSOR
 
@@ -61,26 +61,47 @@ def _hybrid_plan(rows: tensor.Rows) -> dict[str, ParallelStyle]:
     return plan | {"layers.*.routing": ssm.RowRouted(rows)}
 
 
+def branch_plan(rows: tensor.Rows) -> dict[str, ParallelStyle]:
+    """As ``decoder_plan``, for blocks whose branches are whole on one of two ranks each."""
+    of_branches = ("attention", "ssm", "attention_branch", "ssm_branch", "routing")
+    plan = {
+        name: style
+        for name, style in decoder_plan(rows).items()
+        if not any(part in of_branches for part in name.split("."))
+    }
+    for rank, name in enumerate(branches.RANKS):
+        plan |= {f"layers.*.{name}{end}": branches.OfRank(rows, rank) for end in ("", "_branch")}
+    return plan | {
+        "layers.*.routing": branches.RoutedToBranches(rows),
+        "layers.*.beside": branches.BesideByBranches(rows),
+    }
+
+
 def parallelize(
     model: nn.Module,
     mesh: DeviceMesh,
     plan: Mapping[str, ParallelStyle] | None = None,
     units: Sequence[nn.Module] | None = None,
     sharding: data.Sharding | None = None,
+    by_branches: bool = False,
 ) -> nn.Module:
     """Shard ``model`` in place over ``mesh`` with dimensions named ``tensor`` and/or ``data``.
 
     Every rank must hold the same parameters. ``plan`` maps module names to styles (default: a decoder
     with the names of ``decoder_plan``); ``model(tokens [S, B], ...)`` takes its tokens first. ``units``
     are the blocks that data parallelism gathers one at a time, inner ones first (default: ``model.layers``,
-    without projections that a layer may do without, which are units of their own), ``sharding`` how. A
-    dimension of degree 1 changes nothing. Raises UserError for a plan that does not fit the model.
+    without projections that a layer may do without, which are units of their own), ``sharding`` how.
+    ``by_branches``: the default plan is ``branch_plan``, for two ranks in ``tensor``. A dimension of degree 1
+    changes nothing. Raises UserError for a plan that does not fit the model.
     """
     names = mesh.mesh_dim_names or ()
     if TENSOR in names and mesh[TENSOR].size() > 1:
         rows = tensor.Rows()
         shared = _shared_parameters(model)
-        styles = _matched(model, plan) if plan else _complete(model, decoder_plan(rows))
+        if by_branches:
+            branches.check(model, mesh[TENSOR].size())
+        default = branch_plan(rows) if by_branches else decoder_plan(rows)
+        styles = _matched(model, plan) if plan else _complete(model, default)
         parallelize_module(model, mesh[TENSOR], styles)
         _tie(model, shared)
         for name, module in model.named_modules():
@@ -92,7 +113,8 @@ def parallelize(
 
         model.register_forward_pre_hook(note_rows)
     if DATA in names and mesh[DATA].size() > 1:
-        data.shard(model, _units(model) if units is None else units, mesh[DATA], sharding)
+        found = _units(model) if units is None else units
+        data.shard(model, found, mesh[DATA], sharding, branches.absent(model))
     return model
 
 
@@ -147,7 +169,10 @@ def _complete(model: nn.Module, plan: Mapping[str, ParallelStyle]) -> dict[str, 
     Such a one would be whole on every rank and see this rank's rows alone.
     """
     styles = {name: style for pattern, style in plan.items() for name in _named(model, pattern)}
+    whole = tuple(f"{name}." for name, style in styles.items() if isinstance(style, branches.OfRank))
     for name, module in model.named_modules():
+        if name.startswith(whole):
+            continue
         if isinstance(module, nn.Linear | nn.Embedding) and name not in styles:
             raise UserError(f"{name} has no style among those of decoder_plan: give parallelize a plan")
     return styles
@@ -171,13 +196,23 @@ def is_tensor_sharded(parameter: Tensor) -> bool:
     return isinstance(placement, Shard) or placement.is_shard()
 
 
+def tensor_sharded(model: nn.Module) -> frozenset[str]:
+    """Names of the parameters of which ranks of the tensor dimension hold different parts.
+
+    Those of branches are among them: one rank holds all of such a one.
+    """
+    sharded = {name for name, parameter in model.named_parameters() if is_tensor_sharded(parameter)}
+    return frozenset(sharded | branches.owned(model))
+
+
 def sum_replicated_gradients(model: nn.Module, mesh: DeviceMesh) -> None:
     """Add up, over the tensor dimension, the gradients that saw only this rank's rows: one all-reduce.
 
     Call it after the last backward pass of a step, before clipping. It changes the gradients of
     parameters that are not tensor-sharded, in place, to the same bits on every rank of the dimension.
     """
-    partial = [p.grad for p in model.parameters() if p.grad is not None and not is_tensor_sharded(p)]
+    sharded = tensor_sharded(model)
+    partial = [p.grad for name, p in model.named_parameters() if p.grad is not None and name not in sharded]
     sum_over_tensor([g.to_local() if isinstance(g, DTensor) else g for g in partial], mesh)
 
 

@@ -1,6 +1,6 @@
 """Data parallelism: FSDP2 whose all-gather and reduce-scatter are this engine's schedules."""
 
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -71,17 +71,21 @@ class Sharding:
 
 
 def shard(
-    model: nn.Module, units: Sequence[nn.Module], mesh: DeviceMesh, sharding: Sharding | None = None
+    model: nn.Module,
+    units: Sequence[nn.Module],
+    mesh: DeviceMesh,
+    sharding: Sharding | None = None,
+    absent: Collection[nn.Parameter] = (),
 ) -> nn.Module:
     """Apply FSDP2 to ``units`` (blocks, each gathered as one) and to what is left of ``model``.
 
     ``mesh`` is one-dimensional, the data-parallel ranks. Gradients are means over them. The collectives
-    run in the order of the modules on every rank.
+    run in the order of the modules on every rank. ``absent``: parameters that none of these ranks holds.
     """
-    sharding = sharding or Sharding()
+    sharding, ignored = sharding or Sharding(), set(absent)
     for unit in units:
-        fully_shard(unit, mesh=mesh, reshard_after_forward=sharding.reshard)
-    fully_shard(model, mesh=mesh)
+        fully_shard(unit, mesh=mesh, reshard_after_forward=sharding.reshard, ignored_params=ignored)
+    fully_shard(model, mesh=mesh, ignored_params=ignored)
     names = {id(module): name or "model" for name, module in model.named_modules()}
     for unit in (*units, model):
         assert isinstance(unit, FSDPModule)

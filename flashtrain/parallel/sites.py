@@ -8,7 +8,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule
 
 from flashtrain.comm import transport
-from flashtrain.parallel import ssm, tensor
+from flashtrain.parallel import branches, ssm, tensor
 from flashtrain.parallel.mesh import DATA, TENSOR
 
 
@@ -39,7 +39,10 @@ def survey(model: nn.Module, mesh: DeviceMesh, rows: int, device: torch.device) 
     found: list[Site] = []
     if TENSOR in wide:
         world, mover = wide[TENSOR].size(), movers[TENSOR]
+        apart = branches.modules(model)
         for name, module in model.named_modules():
+            if module in apart:
+                continue  # exchanges nothing, and half of them are elsewhere
             if (site := _tensor_site(name, module, rows, world, mover)) is not None:
                 found.append(site)
         found.append(
@@ -84,6 +87,9 @@ def _tensor_site(name: str, module: nn.Module, rows: int, world: int, mover: str
             return _exposed(name, "product, then all-reduce", "all-reduce", "a few columns, of all channels")
         case ssm.RowRouting():
             return _exposed(name, "all-gather, twice", "reduce-scatter, twice", "it moves rows alone")
+        case branches.BranchRouting() | branches.BranchesBeside():
+            why = "branches begin with all their rows and end together"
+            return _exposed(name, "all-gather, reduce-scatter", "all-gather, reduce-scatter", why)
         case nn.Linear() | nn.Embedding():
             return Site(name, "", "", "", False, "whole on every rank, on its own rows alone")
     return None

@@ -119,6 +119,10 @@ class SSMHeads(_Style):
         return module
 
 
+# Of how many tokens, of which branch, and what computes it on [S, B, H].
+Piece = tuple[int, str, Callable[[Tensor], Tensor]]
+
+
 class RowRouting(_OverTensorGroup, nn.Module):
     """FlowHN's routing of row shards: every piece becomes a sequence whose rows are sharded anew.
 
@@ -129,15 +133,15 @@ class RowRouting(_OverTensorGroup, nn.Module):
     The two gathers have no product beside them.
     """
 
-    def forward(self, x: Tensor, pieces: Sequence[tuple[int, Callable[[Tensor], Tensor]]]) -> Tensor:
+    def forward(self, x: Tensor, pieces: Sequence[Piece]) -> Tensor:
         """``x [S/W, B, H]``, or a shard ``[rows, H]``, -> the same; see the class that this one replaces."""
         assert self.rows is not None
         assert self.rows.total is not None
         total = self.rows.total
-        batch = total // sum(count for count, _ in pieces)
-        parts = self._gathered(x, total).split([count * batch for count, _ in pieces])
+        batch = total // sum(count for count, _, _ in pieces)
+        parts = self._gathered(x, total).split([count * batch for count, _, _ in pieces])
         found = []
-        for part, (count, compute) in zip(parts, pieces, strict=True):
+        for part, (count, _, compute) in zip(parts, pieces, strict=True):
             self.rows.total = count * batch
             found.append(self._gathered(compute(self._cut(part, count, batch)), count * batch))
         self.rows.total = total

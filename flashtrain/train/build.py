@@ -40,19 +40,26 @@ class Built:
 
 
 def build_model(
-    config: Decoder.Config, train: Training, sharding: Sharding, mesh: DeviceMesh, device: torch.device
+    config: Decoder.Config,
+    train: Training,
+    sharding: Sharding,
+    mesh: DeviceMesh,
+    device: torch.device,
+    by_branches: bool = False,
 ) -> Built:
     """The plain model, drawn from ``train.seed`` alone, then moved to ``device`` and parallelised."""
     model = Decoder(config, torch.Generator().manual_seed(train.seed))
     built = describe(model, train, device)
     model.to(device=device, dtype=getattr(torch, train.dtype))
-    distribute(model, train, sharding, mesh)
+    distribute(model, train, sharding, mesh, by_branches)
     return built
 
 
-def distribute(model: Decoder, train: Training, sharding: Sharding, mesh: DeviceMesh) -> None:
+def distribute(
+    model: Decoder, train: Training, sharding: Sharding, mesh: DeviceMesh, by_branches: bool = False
+) -> None:
     """Parallelise ``model``, and let its blocks keep the activations that ``train.recompute`` says."""
-    parallelize(model, mesh, sharding=sharding)
+    parallelize(model, mesh, sharding=sharding, by_branches=by_branches)
     recompute(model.layers, train.recompute)
 
 

@@ -16,7 +16,7 @@ from flashtrain.kernels.adamw.op import optimizer
 from flashtrain.kernels.adamw.slot import Hyperparameters, Slot
 from flashtrain.kernels.weight_gradient import WeightGradient, add_each
 from flashtrain.nn.linear import Linear
-from flashtrain.parallel.apply import is_tensor_sharded, sum_over_tensor
+from flashtrain.parallel.apply import sum_over_tensor, tensor_sharded
 from flashtrain.parallel.mesh import DATA, TENSOR
 
 
@@ -66,8 +66,9 @@ class AdamW:
         self.config, self.mesh = config, mesh
         self.parameters = {name: p for name, p in model.named_parameters() if p.requires_grad}
         # Of what ranks of the tensor dimension hold parts, each adds its own to the norm: these come first.
-        sharded = [name for name, p in self.parameters.items() if is_tensor_sharded(p)]
-        self._order = [*sharded, *(name for name in self.parameters if name not in set(sharded))]
+        self._sharded = tensor_sharded(model)
+        sharded = [name for name in self.parameters if name in self._sharded]
+        self._order = [*sharded, *(name for name in self.parameters if name not in self._sharded)]
         self._slots = {name: _slot(self.parameters[name]) for name in self._order}
         self._kernels = optimizer(list(self._slots.values()), len(sharded))
         self._main: dict[str, WeightGradient] = {}
@@ -107,9 +108,7 @@ class AdamW:
         every rank, is above ``limit`` or not finite, nothing but the gradients changes. On a GPU that is
         decided there, and the host does not wait. Collective over the mesh.
         """
-        replicated = [
-            g for name, g in self._gradients.items() if not is_tensor_sharded(self.parameters[name])
-        ]
+        replicated = [g for name, g in self._gradients.items() if name not in self._sharded]
         sum_over_tensor(replicated, self.mesh)
         gradients = [self._contiguous(name) for name in self._order]
         norm = self._global_norm(self._kernels.squares(gradients))

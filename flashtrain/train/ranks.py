@@ -55,14 +55,18 @@ def log_to_stderr() -> None:
     logger.setLevel(logging.INFO if rank == 0 else logging.WARNING)
 
 
-def describe(mesh: DeviceMesh, device: torch.device) -> str:
-    """Who computes and what moves the bytes, in one line. Collective: it chooses the transports."""
+def describe(mesh: DeviceMesh, device: torch.device, by_branches: bool = False) -> str:
+    """Who computes and what moves the bytes, in one line. Collective: it chooses the transports.
+
+    ``by_branches``: ranks of the tensor dimension have a branch of each block.
+    """
     parts = []
     for dimension in (TENSOR, DATA):
         ranks = mesh[dimension]
         if ranks.size() > 1:
             mover = transport.of(ranks.get_group().group_name, device)
-            parts.append(f"{dimension} parallel over {ranks.size()} ranks by {mover.name}")
+            how = "branch" if by_branches and dimension == TENSOR else dimension
+            parts.append(f"{how} parallel over {ranks.size()} ranks by {mover.name}")
     where = (
         torch.cuda.get_device_name(device)
         if device.type == "cuda"

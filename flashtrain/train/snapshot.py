@@ -26,8 +26,12 @@ CHECKPOINTS = "checkpoints"
 
 
 def _tensors(model: nn.Module, optimizer: AdamW) -> dict[str, dict[str, Tensor]]:
-    weights = {name: parameter.detach() for name, parameter in model.named_parameters()}
-    return {"model": weights, "optimizer": optimizer.state()}
+    return {"model": held(model), "optimizer": optimizer.state()}
+
+
+def held(model: nn.Module) -> dict[str, Tensor]:
+    """The parameters of which this rank holds something: not those that are another rank's alone."""
+    return {name: p.detach() for name, p in model.named_parameters() if not p.is_meta}
 
 
 def save(
@@ -113,7 +117,7 @@ def load_weights(path: Path, model: nn.Module, new: Collection[str] = ()) -> Non
     """
     store = CheckpointStore(path.parent)
     stored = store.read_manifest(path).tensors.get("model", {})
-    targets = {name: p.detach() for name, p in model.named_parameters() if name not in new}
+    targets = {name: weight for name, weight in held(model).items() if name not in new}
     apart = _apart(model, stored)
     read: dict[str, Tensor] = {packed: empty for packed, empty, _ in apart.values()}
     for name, target in targets.items():

@@ -85,6 +85,8 @@ class Trainer:
             """
             self.parallel.validate()
             self.model.validate(self.parallel.tensor)
+            if self.parallel.branches > 1:
+                self.model.validate_branches(self.parallel.branches)
             self.train.validate(self.parallel.data)
             self.optimizer.validate()
             self.comm.validate()
@@ -173,7 +175,8 @@ class Trainer:
         self.batches = Batches(self.source, train, self.mesh, device)
 
         attention.prepare(config.attention, config.model, train, config.parallel, device)
-        built = build_model(config.model, train, config.fsdp, self.mesh, device)
+        by_branches = config.parallel.branches > 1
+        built = build_model(config.model, train, config.fsdp, self.mesh, device, by_branches)
         self.model, self.parameter_count = built.model, built.parameter_count
         self.results = Results(built, train, device)
         means = start_from(train.init_from, self.model, self.out, shares=config.sharing is None)
@@ -241,8 +244,10 @@ class Trainer:
             self._announce("failure", self.reached, reason=reason)
 
     def _describe(self, first_step: int) -> Run:
+        by_branches = self.config.parallel.branches > 1
         description = (
-            f"{self.parameter_count / 1e6:.2f} M parameters; {ranks.describe(self.mesh, self.device)}; "
+            f"{self.parameter_count / 1e6:.2f} M parameters; "
+            f"{ranks.describe(self.mesh, self.device, by_branches)}; "
             f"{self.source.describe()}"
         )
         if dist.get_rank() == 0:

@@ -23,6 +23,7 @@ from flashtrain.metrics.step_time import Account, Record
 from flashtrain.models.decoder import Decoder
 from flashtrain.nn.attend import Documents
 from flashtrain.nn.attend import settings as attention_settings
+from flashtrain.parallel import branches
 from flashtrain.parallel.mesh import DATA
 from flashtrain.train import attention
 from flashtrain.train.build import Built, build_step, describe, distribute
@@ -166,8 +167,9 @@ def _draw(config: Trainer.Config, mesh: DeviceMesh, device: torch.device) -> Bui
     with torch.device("meta"):
         model = Decoder(config.model).to(dtype)
     built = describe(model, config.train, device)
-    distribute(model, config.train, config.fsdp, mesh)
+    distribute(model, config.train, config.fsdp, mesh, config.parallel.branches > 1)
     model.to_empty(device=device)
+    branches.leave_out(model)
     if config.model.tied_embeddings:
         model.head.weight = model.embedding.weight
     torch.manual_seed(config.train.seed + mesh.get_rank())

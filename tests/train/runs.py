@@ -5,6 +5,7 @@ torchrun does it, but forked with flashtrain imported: most of a tiny run's time
 """
 
 import json
+import math
 import os
 import socket
 import subprocess
@@ -48,7 +49,8 @@ def train(
     out: Path, text: Path, timeout: float = 180, **settings: object
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; the caller checks the exit code."""
-    world = int(str(settings.get("parallel__tensor", 2))) * int(str(settings.get("parallel__data", 1)))
+    degrees = {"tensor": 2, "data": 1, "branches": 1}
+    world = math.prod(int(str(settings.get(f"parallel__{name}", one))) for name, one in degrees.items())
     return flashtrain(command(out, text, **settings)[3:], world, timeout)
 
 

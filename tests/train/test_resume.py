@@ -136,7 +136,7 @@ def _move(rank: int, world: int, config: Trainer.Config, out: str, steps: int) -
     snapshot.save(
         trainer.store, first + steps - 1 if steps else first, trainer.model, trainer.optimizer, config, []
     )
-    tensors = dict(trainer.model.named_parameters()) | trainer.optimizer.state()
+    tensors = snapshot.held(trainer.model) | trainer.optimizer.state()
     return {
         name: (t.full_tensor() if isinstance(t, DTensor) else t)
         .detach()

@@ -25,6 +25,9 @@ class Parallel:
     def world(self) -> int:
         return self.tensor * self.data
 
+    def __str__(self) -> str:
+        return f"parallel.tensor {self.tensor} x parallel.data {self.data}"
+
 
 @dataclass(frozen=True, kw_only=True)
 class Act:
