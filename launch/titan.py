@@ -38,6 +38,9 @@ def check(config: "Trainer.Config") -> None:
     for name in ("tied_embeddings", "qkv_bias"):
         if getattr(config.model, name):
             raise UserError(f"--against torchtitan: its Llama has no model.{name}; set it to false")
+    for name in ("pairing", "layout", "sharing"):
+        if getattr(config.model, name) is not None:
+            raise UserError(f"--against torchtitan: its Llama has no model.{name}; take a plain recipe")
     if config.train.dtype != "bfloat16":
         raise UserError("--against torchtitan: it computes in bf16; set train.dtype bfloat16")
     if config.train.document_mask:

@@ -114,6 +114,7 @@ def test_wrong_words_are_one_line_before_any_rank_starts(
         ([], False, True, "torchtitan: it is not installed; pip install torchtitan==0.2.2"),
         ([], True, False, "it needs GPUs, and there are none here"),
         (["--model.tied_embeddings", "true"], True, True, "its Llama has no model.tied_embeddings"),
+        (["--model.pairing", "MQA"], True, True, "its Llama has no model.pairing"),
         (["--train.dtype", "float32"], True, True, "it computes in bf16"),
         (["--train.document_mask", "true"], True, True, "its batches are not cut"),
     ],
