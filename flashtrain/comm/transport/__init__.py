@@ -107,7 +107,8 @@ def in_use() -> list[Transport]:
 
 def spare_sms() -> int:
     """Multiprocessors that fused products leave free now: see ``Settings``."""
-    over_nccl = any(isinstance(one, GroupTransport) and one.asynchronous for one in in_use())
+    grouped = [one for one in in_use() if isinstance(one, GroupTransport)]
+    over_nccl = any(one.asynchronous and one.world > 1 for one in grouped)
     return max(_settings.spare_sms, NCCL_BLOCKS if over_nccl else 1)
 
 

@@ -165,18 +165,21 @@ def test_products_leave_room_for_kernels_of_nccl(monkeypatch: pytest.MonkeyPatch
 
     def new_group(ranks: list[int], **options: Any) -> Any:
         given.update(options)
-        return SimpleNamespace(rank=lambda: 0, size=lambda: 2)
+        return SimpleNamespace(rank=lambda: 0, size=lambda: len(ranks))
 
     monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(Options=Options), raising=False)
     monkeypatch.setattr(dist, "new_group", new_group)
     monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [0, 1])
-    monkeypatch.setattr(transport.groups, "resolve", lambda name: new_group([0, 1]))
+    members = {"alone": [0], "another": [0, 1]}
+    monkeypatch.setattr(transport.groups, "resolve", lambda name: new_group(members[name]))
     monkeypatch.setattr(transport.groups, "backend", lambda group, device: "nccl")
     transport.configure(transport.Settings(transport="group"))
     assert transport.spare_sms() == 1
     before = LosesChunks(0, 2, 1.0)
     before.ways["a shape"] = "a way"
     transport.assign("a group of the test", "cuda", before)
+    transport.of("alone", torch.device("cuda"))
+    assert transport.spare_sms() == 1
     found = transport.of("another", torch.device("cuda"))
     assert found.asynchronous
     assert given["pg_options"].config.max_ctas == transport.spare_sms() == transport.NCCL_BLOCKS
