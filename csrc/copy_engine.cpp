@@ -190,8 +190,8 @@ void CopyEngine::push(const std::vector<uint32_t>& which, const std::vector<uint
       driver_.check(driver_.stream_wait_value(copies_, signal(which[number]), flight_->up, kWaitUntilReached),
                     "cuStreamWaitValue32");
     }
-    const uint32_t turn = flight_->program->awaited_turns[which[number]];
-    if (turn != Program::kNoTurn) wait_on(copies_, turn);
+    const Turn& turn = flight_->program->turns[which[number]];
+    if (turn.awaited != Turn::kNone) wait_on(copies_, turn.awaited);
     if (message.bytes != 0) {
       const DeviceAddress to = landings_[message.peer] + buffer + message.offset;
       driver_.check(driver_.copy_on_device(to, sources[number], message.bytes, copies_), "cuMemcpyDtoDAsync");
@@ -204,9 +204,8 @@ void CopyEngine::push(const std::vector<uint32_t>& which, const std::vector<uint
     const uint64_t flag = device_flags_ ? device_.flag(message.peer, rank_, column) : seen;
     driver_.check(driver_.stream_write_value(copies_, flag, flight_->up, kWriteAfterEarlierWrites),
                   "cuStreamWriteValue32");
-    for (const Turn& next : flight_->program->turns) {
-      if (next.send != which[number]) continue;
-      driver_.check(driver_.stream_write_value(copies_, host_.flag(next.peer, rank_, next.column + flight_->shift),
+    if (turn.peer != Turn::kNone) {
+      driver_.check(driver_.stream_write_value(copies_, host_.flag(turn.peer, rank_, turn.column + flight_->shift),
                                                flight_->up, kWriteAfterEarlierWrites),
                     "cuStreamWriteValue32");
     }

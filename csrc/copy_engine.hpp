@@ -98,8 +98,9 @@ class CopyEngine {
   // whatever the stream has to do until it comes to this one.
   void push_early(const std::vector<uint32_t>& which, const std::vector<uint64_t>& sources,
                   const CopyEngine* settled = nullptr);
-  // Open an operation for `product`, behind those of other engines of this context, push, and launch its kernels, which wait for arrivals themselves; returns the
-  // epoch. It stays open, so that more can be done with what has landed, until close().
+  // Open an operation for `product`, behind those of other engines of this context, push, and launch its kernels, which
+  // wait for arrivals themselves; returns the epoch. It stays open, so that more can be done with what has landed, until
+  // close().
   uint32_t start(const FusedProduct& product, const std::string& site, uint64_t stream,
                  const std::vector<uint64_t>& given);
   // Put what is this rank's own beside what lands: `bytes` from `source`, complete when the operation was opened, to

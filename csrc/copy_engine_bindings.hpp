@@ -17,11 +17,9 @@ inline void bind_copy_engine(pybind11::module_& module) {
 
   using Messages = std::vector<Program::Fields>;
   py::class_<Program, std::shared_ptr<Program>>(module, "Program")
-      .def(py::init<std::string, uint32_t, const Messages&, const Messages&, const std::vector<Program::TurnFields>&,
-                    std::vector<uint32_t>>(),
-           py::arg("op"), py::arg("steps"), py::arg("sends"), py::arg("arrivals"), py::arg("turns"),
-           py::arg("awaited_turns"));
-  module.attr("no_turn") = Program::kNoTurn;
+      .def(py::init<std::string, uint32_t, const Messages&, const Messages&, const std::vector<Program::TurnFields>&>(),
+           py::arg("op"), py::arg("steps"), py::arg("sends"), py::arg("arrivals"), py::arg("turns"));
+  module.attr("no_turn") = Turn::kNone;
 
   using Places = std::vector<uint32_t>;
   py::class_<KernelCall>(module, "KernelCall")

@@ -71,7 +71,7 @@ uint32_t CopyEngine::start(const FusedProduct& product, const std::string& site,
       std::vector<uint64_t> sources = product.offsets;
       for (uint64_t& source : sources) source += given.at(product.source);
       // Where streams share a hardware queue, the kernel would stand behind a wait for a turn.
-      const bool first = product.early && product.program->turns.empty();
+      const bool first = product.early && !product.program->takes_turns;
       if (first) push_early(all, sources);
       launch(product.product, stream_, given);
       if (!first) product.early ? push_early(all, sources) : push_signalled(all, sources);

@@ -20,32 +20,35 @@ struct Message {
 // Copies of two senders to one receiver share its link, and each takes longer than both one after the other. So in a
 // program with turns a rank begins with a receiver when the sender before it there has said that it is done.
 struct Turn {
-  uint32_t send;  // behind this one of the sends,
-  uint32_t peer;  // this rank is told that its turn has come,
-  uint32_t column;  // by this flag
+  static constexpr uint32_t kNone = ~0u;
+
+  uint32_t awaited = kNone;  // the arrival that a send comes after
+  uint32_t peer = kNone;     // the rank that is told behind it that its turn has come
+  uint32_t column = 0;       // by this flag
 };
 
 // Sends and arrivals in schedule order. Both ends of a pair list its messages in the same order, so that
 // columns agree. Turns that come to this rank are empty arrivals, the last ones.
 struct Program {
   using Fields = std::array<uint64_t, 6>;  // of Message, in order
-  using TurnFields = std::array<uint32_t, 3>;  // of Turn
-  static constexpr uint32_t kNoTurn = ~0u;
+  using TurnFields = std::array<uint32_t, 3>;  // of Turn, in order
 
-  // `awaited_turns`: of each send the arrival that it comes after, or kNoTurn; none at all without turns.
+  // `turn_fields`: one a send, or none at all.
   Program(std::string op_name, uint32_t step_count, const std::vector<Fields>& send_fields,
-          const std::vector<Fields>& arrival_fields, const std::vector<TurnFields>& turn_fields = {},
-          std::vector<uint32_t> awaited = {})
+          const std::vector<Fields>& arrival_fields, const std::vector<TurnFields>& turn_fields = {})
       : op(std::move(op_name)), steps(step_count), sends(read(send_fields)), arrivals(read(arrival_fields)),
-        awaited_turns(awaited.empty() ? std::vector<uint32_t>(send_fields.size(), kNoTurn) : std::move(awaited)) {
-    for (const auto& [send, peer, column] : turn_fields) turns.push_back({send, peer, column});
+        takes_turns(!turn_fields.empty()), turns(sends.size()) {
+    for (size_t send = 0; send < turn_fields.size(); ++send) {
+      const auto& [awaited, peer, column] = turn_fields[send];
+      turns.at(send) = {awaited, peer, column};
+    }
   }
 
   const std::string op;
   const uint32_t steps;
   const std::vector<Message> sends, arrivals;
-  const std::vector<uint32_t> awaited_turns;
-  std::vector<Turn> turns;
+  const bool takes_turns;
+  std::vector<Turn> turns;  // one a send
 
  private:
   static std::vector<Message> read(const std::vector<Fields>& list) {

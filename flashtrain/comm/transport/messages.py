@@ -52,11 +52,8 @@ class Plan:
             raise ValueError(
                 f"{schedule.op} has more chunks a rank than the {core.flag_columns} that have flags"
             )
-        turns: list[tuple[int, int, int]] = []
-        awaited: list[int] = []
-        if taking_turns:
-            turns, awaited = _take_turns(core, schedule, sends, arrivals, leaving)
-        self.program = core.Program(schedule.op, len(schedule.steps), sends, arrivals, turns, awaited)
+        turns = _take_turns(core, schedule, sends, arrivals, leaving) if taking_turns else []
+        self.program = core.Program(schedule.op, len(schedule.steps), sends, arrivals, turns)
 
 
 def _takes_turns(schedule: Schedule, row_bytes: int) -> bool:
@@ -72,24 +69,25 @@ def _take_turns(
     sends: list[tuple[int, ...]],
     arrivals: list[tuple[int, ...]],
     leaving: list[int],
-) -> tuple[list[tuple[int, int, int]], list[int]]:
-    """Whom a send gives a turn, by which flag, and the arrival that each send awaits; adds to ``arrivals``.
+) -> list[tuple[int, int, int]]:
+    """Of each send the arrival that it awaits, whom it gives a turn, and by which flag; adds to ``arrivals``.
 
     Who sends to a rank after this one is the same neighbour for all ranks, since all ranks begin with a
     neighbour and go round.
     """
     world, rank, away = schedule.world, schedule.rank, 1 if schedule.gathers else -1
     after, before = (rank + away) % world, (rank - away) % world
-    turns: list[tuple[int, int, int]] = []
-    awaited, number = [core.no_turn] * len(sends), 0
+    turns, number = [], 0
     for index, (peer, _, step, chunk, *_) in enumerate(sends):
+        awaited, given = core.no_turn, (core.no_turn, 0)
         if index and peer != sends[index - 1][0]:
             number += 1
-            awaited[index] = len(arrivals)
+            awaited = len(arrivals)
             arrivals.append((before, leaving[after] + number - 1, step, chunk, 0, 0))
         if number < world - 2 and (index + 1 == len(sends) or sends[index + 1][0] != peer):
-            turns.append((index, after, leaving[after] + number))
-    return turns, awaited
+            given = after, leaving[after] + number
+        turns.append((awaited, *given))
+    return turns
 
 
 def _message(

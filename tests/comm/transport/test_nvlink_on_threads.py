@@ -414,14 +414,14 @@ def test_a_turn_is_given_to_whoever_sends_there_next(build: Any, subchunks: int)
             for send in step.sends
         ]
         counts = [subchunks * (peer != rank) for peer in range(world)]
-        turns, waits = messages._take_turns(core, plan, sends[rank], arrivals, counts)
-        for send, peer, column in turns:
-            given[rank, peer, column] = sends[rank][send][0]
-            assert column >= subchunks  # the flags below are the chunks'
-        for send, arrival in enumerate(waits):
+        turns = messages._take_turns(core, plan, sends[rank], arrivals, counts)
+        for (there, *_), (arrival, peer, column) in zip(sends[rank], turns, strict=True):
+            if peer != core.no_turn:
+                given[rank, peer, column] = there
+                assert column >= subchunks  # the flags below are the chunks'
             if arrival != core.no_turn:
                 peer, column, *_ = arrivals[arrival]
-                awaited[peer, rank, column] = sends[rank][send][0]
+                awaited[peer, rank, column] = there
     assert given == awaited
     assert len(given) == world * (world - 2)
     assert not messages._takes_turns(build((most - 1, *[most] * 4), 0), 1)

@@ -79,10 +79,10 @@ def test_plans_pair_messages_and_keep_their_places() -> None:
 
         class Program:
             def __init__(
-                self, op: str, steps: int, sends: list[Any], arrivals: list[Any], *turns: list[Any]
+                self, op: str, steps: int, sends: list[Any], arrivals: list[Any], turns: list[Any]
             ) -> None:
                 self.sends, self.arrivals = sends, arrivals
-                assert turns == ([], [])  # for so few bytes
+                assert not turns  # for so few bytes
 
     rows = (3, 0, 5)
     plans = [
