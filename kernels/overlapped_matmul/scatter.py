@@ -54,57 +54,6 @@ def load_term(partials, slots, own_row, row, peer, rows, width, rank, place, ins
 
 
 @triton.jit
-def add_own_tiles(  # type: ignore[no-untyped-def]
-    out,
-    partials,
-    slots,
-    arrived,
-    stop,
-    plan,
-    epoch,
-    others,
-    tiles,
-    columns,
-    width,
-    own_rows,
-    rank,
-    stride,
-    first_own,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    GROUP: tl.constexpr,
-    WORLD: tl.constexpr,
-    PIECE: tl.constexpr,
-):
-    """Add the peers' slots to the own tiles that this block has computed, once their chunk is there."""
-    block = tl.program_id(0)
-    blocks = tl.num_programs(0)
-    begin = block + tl.maximum(others - block + blocks - 1, 0) // blocks * blocks
-    for tile in range(begin, tiles, blocks):
-        chunk, _, source, target, rows, first, _, row, column = locate(plan, tile, columns, BM, BN, GROUP)
-        # A block meets the chunks in order, so it asks at its first tile of each. (A variable carried from
-        # tile to tile is no substitute: Triton 3.6 updates it at every step of a flattened loop.)
-        needed = (tile - blocks < first).to(tl.int32)
-        row += wait_peers(arrived + chunk - first_own, stride, WORLD, rank, epoch, stop, needed)
-        for piece in range(0, BM, PIECE):
-            add_rows(
-                out,
-                partials,
-                slots,
-                source + row + piece,
-                target + row + piece,
-                column,
-                target + rows,
-                own_rows,
-                width,
-                rank,
-                PIECE,
-                BN,
-                WORLD,
-            )
-
-
-@triton.jit
 def scatter_kernel(  # type: ignore[no-untyped-def]
     x_desc,
     w_desc,
@@ -165,7 +114,26 @@ def scatter_kernel(  # type: ignore[no-untyped-def]
         leaving = ((own == 0) & (tile + blocks >= last)).to(tl.int32)
         arrive(counters + chunk, tl.minimum(last - first, blocks), ready + chunk, epoch, leaving)
     settle()
-    add_own_tiles(
-        out, partials, slots, arrived, stop, plan, epoch, others, tiles, columns, width, own_rows, rank,
-        stride, first_own, BM, BN, GROUP, WORLD, PIECE,
-    )  # fmt: skip
+    begin = block + tl.maximum(others - block + blocks - 1, 0) // blocks * blocks
+    for tile in range(begin, tiles, blocks):
+        chunk, _, source, target, rows, first, _, row, column = locate(plan, tile, columns, BM, BN, GROUP)
+        # A block meets the chunks in order, so it asks at its first tile of each. (A variable carried from
+        # tile to tile is no substitute: Triton 3.6 updates it at every step of a flattened loop.)
+        needed = (tile - blocks < first).to(tl.int32)
+        row += wait_peers(arrived + chunk - first_own, stride, WORLD, rank, epoch, stop, needed)
+        for piece in range(0, BM, PIECE):
+            add_rows(
+                out,
+                partials,
+                slots,
+                source + row + piece,
+                target + row + piece,
+                column,
+                target + rows,
+                own_rows,
+                width,
+                rank,
+                PIECE,
+                BN,
+                WORLD,
+            )
