@@ -48,6 +48,22 @@ def test_last_step_is_silent_and_every_other_one_moves_one_piece(op: str, kind: 
             assert all(len(step.sends) == len(step.expects) == 1 for step in one.steps[:-subchunks])
 
 
+@pytest.mark.parametrize(
+    ("op", "order"),
+    [("all_gather", [2, 3, 4, 0, 5, 1]), ("reduce_scatter", [4, 0, 5, 1, 2, 3])],
+)
+def test_peers_take_turns_and_own_chunks_stay_at_their_end(op: str, order: list[int]) -> None:
+    """Rank 1 of 3 with two sub-chunks each: one of each peer, then the next of each."""
+    make = getattr(schedule, op)
+    one = make([2] * 3, 1, subchunks=2, in_turn=True)
+    assert [step.compute for step in one.steps] == order
+    assert {step.sends + step.expects for step in one.steps} == {
+        step.sends + step.expects for step in make([2] * 3, 1, subchunks=2).steps
+    }
+    with pytest.raises(ValueError, match="there is nobody to take turns"):
+        make([2] * 3, 1, kind="ring", in_turn=True)
+
+
 @pytest.mark.parametrize(("op", "kind"), FAMILIES)
 def test_every_step_has_distinct_sources_and_destinations(op: str, kind: str) -> None:
     for world in WORLDS:

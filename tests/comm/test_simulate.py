@@ -20,11 +20,13 @@ FAMILIES = [
     ("reduce_scatter", "ring"),
     ("all_to_all", "direct"),
 ]
+# Those whose sub-chunks may go to all peers in turn.
+TAKING_TURNS = [("all_gather", "direct"), ("reduce_scatter", "direct")]
 
 
-def build(op: str, kind: str, rows: list[int], subchunks: int = 1) -> list[Schedule]:
+def build(op: str, kind: str, rows: list[int], subchunks: int = 1, **options: bool) -> list[Schedule]:
     make = getattr(schedule, op)
-    return [make(rows, rank, kind=kind, subchunks=subchunks) for rank in range(len(rows))]
+    return [make(rows, rank, kind=kind, subchunks=subchunks, **options) for rank in range(len(rows))]
 
 
 def engines_are_exclusive(timeline: Timeline) -> bool:
@@ -64,7 +66,8 @@ def test_everything_is_delivered_once_under_any_delay(data: st.DataObject) -> No
     rows = data.draw(st.lists(st.integers(0, 7), min_size=1, max_size=16), "rows")
     subchunks = data.draw(st.integers(1, 4), "subchunks")
     world = len(rows)
-    schedules = build(op, kind, rows, subchunks)
+    turns = {"in_turn": data.draw(st.booleans(), "in turn")} if (op, kind) in TAKING_TURNS else {}
+    schedules = build(op, kind, rows, subchunks, **turns)
     ratio = data.draw(st.fractions(Fraction(6, 100), 17), "t_m/t_c")
     steps = st.tuples(st.integers(0, world - 1), st.integers(0, len(schedules[0].steps) - 1))
     timeline = simulate(

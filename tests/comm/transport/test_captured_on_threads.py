@@ -16,7 +16,8 @@ from flashtrain.comm.transport import group, messages, nvlink
 from flashtrain.comm.transport.nvlink import NvlinkTransport
 from flashtrain.errors import TransportError, UserError
 from tests.comm.transport import fake_gpu
-from tests.comm.transport.fake_gpu import Fused, Graph, Kept, Operation, Ranks, Stream
+from tests.comm.transport.fake_gpu import Graph, Ranks, Stream
+from tests.comm.transport.fake_operations import Fused, Kept, Operation
 
 pytest.importorskip("flashtrain._core", reason="the C++ extension is not built")
 

@@ -12,7 +12,8 @@ from flashtrain.comm.transport.base import Exchange
 from flashtrain.comm.transport.nvlink import NvlinkTransport
 from flashtrain.errors import TransportError, UserError
 from tests.comm.transport import fake_gpu
-from tests.comm.transport.fake_gpu import Operation, Ranks, Stream
+from tests.comm.transport.fake_gpu import Ranks, Stream
+from tests.comm.transport.fake_operations import Operation
 
 pytest.importorskip("flashtrain._core", reason="the C++ extension is not built")
 

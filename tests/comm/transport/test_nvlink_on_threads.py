@@ -19,7 +19,8 @@ from flashtrain.comm.transport import messages
 from flashtrain.comm.transport.arena import Arena
 from flashtrain.comm.transport.symmetric import SymmetricBuffer
 from tests.comm.transport import fake_gpu
-from tests.comm.transport.fake_gpu import Fused, Kept, Operation, Ranks, Stream, contribution, random_rows
+from tests.comm.transport.fake_gpu import Ranks, Stream
+from tests.comm.transport.fake_operations import Fused, Kept, Operation, contribution, random_rows
 
 pytest.importorskip("flashtrain._core", reason="the C++ extension is not built")
 
