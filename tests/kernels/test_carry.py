@@ -1,5 +1,7 @@
 """Carriers: what every rank has to send is at its peers, flags and all; in the interpreter, or on one GPU."""
 
+import threading
+import time
 from typing import Any
 
 import pytest
@@ -131,3 +133,24 @@ def test_every_owner_gets_its_partials(rows: list[int], subchunks: int, blocks: 
         cargos = carried.scattered(plan, 2 * width)
         ranks.carry(plan.rank, partials, cargos, blocks, ready, teams=len(rows) - 1)
     assert_arrived(ranks, subchunks)
+
+
+@pytest.mark.skipif(ON_GPU, reason="there the tests of the transport have late products")
+def test_a_carrier_waits_until_its_partial_is_ready() -> None:
+    """Another thread fills in the partials and only then says so."""
+    rows, width = [24, 24], 24
+    plans = [schedule.reduce_scatter(rows, rank, in_turn=True) for rank in range(2)]
+    ranks, ready = Ranks(plans, width), words(2)
+    whole = torch.cat([contribution(plans[0], chunk, 0, width) for chunk in range(2)])
+    partials = torch.full_like(whole, float("nan"))
+
+    def compute() -> None:
+        time.sleep(0.2)
+        partials.copy_(whole)
+        ready.fill_(EPOCH)
+
+    product = threading.Thread(target=compute)
+    product.start()
+    ranks.carry(0, partials, carried.scattered(plans[0], 2 * width), 1, ready, teams=1)
+    product.join()
+    assert torch.equal(ranks.landed[1][: rows[1]], whole[rows[0] :])
