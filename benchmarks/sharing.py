@@ -1,6 +1,6 @@
 """What do layers that share queries and keys, or keys and values, gain on this GPU?
 
-    python benchmarks/sharing.py [--parts errors op step] [--layers 22] [--seconds 160] [--grid 64]
+    python benchmarks/sharing.py [--parts errors op step] [--layers 22] [--seconds 160]
 
 ``errors``: outputs and all gradients of a region by the kernels against fp64. ``op``: attention of 12
 layers alone, forward and backward: every layer with its own queries and keys (cuDNN), a region whose
@@ -10,8 +10,7 @@ of LLaMA-1B (22 layers, d 2048, 32 x 64 heads, ff 5632, vocabulary 32000) at 409
 plain, EPAS in the later half layer by layer and with gradients formed once, KV sharing of 25, 50 and 95
 % of the layers. Interleaved rounds, a fresh model each time; ``ratio`` is the median of baseline over
 variant within a round, ``bound`` the ratio of the operations. ``largest`` repeats 4096 tokens with the
-micro-batch that each variant can hold. ``--grid`` times each kernel in each candidate configuration
-instead. Writes ``sharing.json`` after each part.
+micro-batch that each variant can hold. Writes ``sharing.json`` after each part.
 """
 
 import argparse
@@ -20,10 +19,11 @@ import json
 import os
 import statistics
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from types import ModuleType
 from typing import Any
 
 os.environ.setdefault("PYTORCH_CUDA_ALLOC_CONF", "expandable_segments:True")
@@ -36,8 +36,6 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from flashtrain.kernels.shared_attention import reference
 from flashtrain.kernels.shared_attention import triton as kernels
-from flashtrain.kernels.shared_attention.config import Blocks, choice
-from flashtrain.kernels.shared_attention.op import Pass
 from flashtrain.models.decoder import Decoder
 from flashtrain.nn import attend as attend_settings
 from flashtrain.nn.attend import Heads, attend
@@ -62,39 +60,21 @@ def heads(batch: int, kv_heads: int, sequence: int, width: int, layers: int) -> 
 def errors(kv_heads: int, width: int, sequence: int) -> dict[str, float]:
     """Relative errors of the kernels with two layers that share, and whether a second run has other bits."""
     query, key, *rest = heads(1, kv_heads, sequence, width, 3)
-    values, slopes = rest[:3], rest[3:]
     wide = [t.double() for t in (query, key)]
-    output, lse = reference.attend(*wide, values[0].double())
-    total = sum(
-        reference.row_sums(slope.double(), reference.attend_given(*wide, value.double(), lse))
-        for value, slope in zip(values, slopes, strict=True)
-    )
-    true = {
-        "o": output,
-        "lse": lse,
-        "o given": reference.attend_given(*wide, values[1].double(), lse),
-        "dv": reference.value_gradient(*wide, lse, slopes[1].double()),
-    }
-    given = (slopes[0].double(), values[0].double(), [t.double() for t in slopes[1:]])
-    gradients = reference.source_gradient(*wide, lse, total, *given, [t.double() for t in values[1:]])
-    true |= dict(zip(("dq", "dk", "dv source"), gradients, strict=True))
-    rounds = []
-    for _ in range(2):
-        found, own = kernels.attend(query, key, values[0])
-        outputs = [found, *(kernels.attend_given(query, key, value, own) for value in values[1:])]
-        sums = None
-        for slope, out in zip(slopes, outputs, strict=True):
-            sums = kernels.add_row_sums(slope, out, sums)
-        assert sums is not None
-        rounds.append(
-            [
-                found,
-                own,
-                outputs[1],
-                kernels.value_gradient(query, key, own, slopes[1]),
-                *kernels.source_gradient(query, key, own, sums, slopes[0], values[0], slopes[1:], values[1:]),
-            ]
-        )
+
+    def passes(at: ModuleType, query: Tensor, key: Tensor, rest: list[Tensor]) -> dict[str, Tensor]:
+        values, slopes = rest[:3], rest[3:]
+        _, lse = at.attend(query, key, values[0])
+        outputs = [at.attend(query, key, value)[0] for value in values]
+        kept, total = torch.stack(slopes, dim=3), None
+        for number, (slope, out) in enumerate(zip(slopes, outputs, strict=True)):
+            total = at.take_slope(slope, out, total, kept[:, :, :, number])
+        dq, dk = at.score_gradients(query, key, lse, total, kept, torch.stack(values, dim=3))
+        dv = at.value_gradient(query, key, lse, slopes[1])
+        return {"o": outputs[0], "lse": lse, "dv": dv, "dq": dq, "dk": dk}
+
+    true = passes(reference, *wide, [t.double() for t in rest])
+    rounds = [list(passes(kernels, query, key, rest).values()) for _ in range(2)]
     result = {name: error(one, other) for one, (name, other) in zip(rounds[0], true.items(), strict=True)}
     return result | {"bits_differ": float(not all(map(torch.equal, *rounds)))}
 
@@ -117,23 +97,17 @@ def op_row(batch: int, kv_heads: int, sequence: int, width: int, rounds: int) ->
         region = Deferred(follow=True)
         return [region.open(Heads(query, key, values[0])), *(region.join(value) for value in values[1:])]
 
-    def with_other_forward() -> list[Tensor]:
-        region = Pass()
-        first = region.open(query, key, values[0])
-        return [first, *(region.join(value, lambda *given: attend(Heads(*given))) for value in values[1:])]
-
     def both(forward: Callable[[], list[Tensor]]) -> Any:
         return torch.autograd.grad(forward(), leaves, slopes)
 
     ways = {"own heads": alone, "layer by layer": naive, "deferred": deferred}
-    ways["deferred, cuDNN forward"] = with_other_forward
     calls: dict[str, Callable[[], Any]] = {f"{name}, both": partial(both, way) for name, way in ways.items()}
     calls |= {f"{name}, forward": way for name, way in ways.items()}
     with sdpa_kernel(SDPBackend.CUDNN_ATTENTION):
         found = medians(calls, rounds)
     product = float(batch * 32 * width) * sequence * sequence  # operations of one causal product of all heads
     products = {
-        name: (2 * layers, 2 * layers + (3 * SHARING + 5 if "deferred" in name else 5 * layers))
+        name: (2 * layers, 2 * layers + (3 * SHARING + 6 if "deferred" in name else 5 * layers))
         for name in ways
     }
     rates = {
@@ -147,65 +121,6 @@ def op_row(batch: int, kv_heads: int, sequence: int, width: int, rounds: int) ->
         "gain over layer by layer": found["layer by layer, both"] / found["deferred, both"],
         "kernels": kernel_ms(calls["deferred, both"], repeats=2),
     }
-
-
-def candidates() -> Iterator[Blocks]:
-    """Configurations of the grid."""
-    for queries, keys, warps, stages in (
-        (128, 128, 8, 2),
-        (128, 128, 8, 3),
-        (128, 128, 4, 3),
-        (64, 128, 8, 2),
-        (64, 128, 8, 3),
-        (64, 128, 4, 3),
-        (64, 64, 4, 3),
-        (32, 128, 4, 3),
-    ):
-        yield Blocks(queries=queries, keys=keys, warps=warps, stages=stages)
-
-
-def grid(batch: int, kv_heads: int, sequence: int, width: int, end: float) -> list[dict[str, Any]]:
-    """Milliseconds of each kernel in each configuration, best first, and its error against the one in use."""
-    layers = SHARING + 1
-    query, key, *rest = heads(batch, kv_heads, sequence, width, layers)
-    values, slopes = rest[:layers], rest[layers:]
-    output, lse = kernels.attend(query, key, values[0])
-    sums = kernels.add_row_sums(slopes[0], output, None)
-    chosen = choice(torch.bfloat16, width)
-    given = (query, key, lse, sums, slopes[0], values[0], slopes[1:], values[1:])
-    kinds: dict[str, Callable[[Blocks], Any]] = {
-        "forward": lambda b: kernels.attend(query, key, values[0], b),
-        "given": lambda b: kernels.attend_given(query, key, values[0], lse, b),
-        "values": lambda b: kernels.value_gradient(query, key, lse, slopes[0], b),
-        "source": lambda b: kernels.source_gradient(
-            *given, blocks=(b, replace(chosen.query, queries=b.queries, keys=b.keys))
-        ),
-        "query": lambda b: kernels.source_gradient(
-            *given, blocks=(replace(chosen.source, queries=b.queries, keys=b.keys), b)
-        ),
-    }
-    rows: list[dict[str, Any]] = []
-    for kind, call in kinds.items():
-        wanted = call(chosen.source if kind in ("source", "query") else getattr(chosen, kind, chosen.forward))
-        for blocks in candidates():
-            if time.monotonic() > end:
-                print("out of time", flush=True)
-                return rows
-            if kind == "query" and (blocks.queries, blocks.keys) != (chosen.query.queries, chosen.query.keys):
-                continue
-            try:
-                found = call(blocks)
-                names = {"source": "key_gradient", "query": "query_gradient"}
-                took = kernel_ms(lambda call=call, blocks=blocks: call(blocks), repeats=2)  # type: ignore[misc]
-                took = {n: ms for n, ms in took.items() if names.get(kind, "kernel") in n}
-            except Exception as failure:
-                print(f"{kind} {blocks}: {str(failure)[:80]}", flush=True)
-                continue
-            one, other = (x[0] if isinstance(x, tuple) else x for x in (found, wanted))
-            off = error(one, other)
-            rows.append({"kernel": kind, "blocks": str(blocks), "ms": took, "error": off})
-            print(f"{kind} {blocks}: {took} {off:.1e}", flush=True)
-    return rows
 
 
 def variants(layers: int) -> dict[str, Sharing | None]:
@@ -325,9 +240,6 @@ def main() -> None:
     parser.add_argument("--layers", type=int, default=MODEL.layers)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--seconds", type=float, default=160.0, help="start nothing after this long")
-    parser.add_argument(
-        "--grid", type=int, metavar="WIDTH", help="time each kernel in each configuration instead"
-    )
     arguments = parser.parse_args()
     attend_settings.configure(attend_settings.Settings(deterministic=False))  # the fastest there is
     end = time.monotonic() + arguments.seconds
@@ -344,9 +256,6 @@ def main() -> None:
         arguments.out.mkdir(parents=True, exist_ok=True)
         (arguments.out / "sharing.json").write_text(json.dumps(report, indent=1) + "\n")
 
-    if arguments.grid:
-        keep(f"grid {arguments.grid}", grid(2, 32, 4096, arguments.grid, end))
-        return
     if "errors" in arguments.parts:
         found = {}
         for case in ((32, 64, 1024), (4, 64, 1000), (32, 128, 777)):

@@ -34,8 +34,8 @@ class Deferred:
 
     def join(self, own: Tensor) -> Tensor:
         query = self._pass.query
-        # Given the source's log-sum-exp a forward pass saves what cuDNN hides: there cuDNN is the faster one.
-        # Its forward pass is deterministic.
+        # Given the source's log-sum-exp a forward pass saves what cuDNN hides: there that is the faster one.
+        # It is deterministic.
         fast = query.is_cuda and why_not("cudnn", Heads(query, self._pass.key, own), False, False) is None
         return self._pass.join(own, cudnn if fast else None)
 

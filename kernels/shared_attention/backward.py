@@ -1,5 +1,10 @@
 """Backward in two parts: the values of every layer by itself, queries and keys once, at the source.
 
+Tensors come as TMA descriptors ``[B, heads, tokens, values]``, which fill what lies beyond the tokens with
+zeros, and log-sum-exps and row sums as ``[B · heads, tokens]``: rows beyond the sequence weigh something
+finite, and their slopes and sums are 0. Products begin with what is to be taken off them, which needs no
+registers of its own; a line loaded through TMA needs none for its addresses either.
+
 Square tiles are ``[key, query]``, so that none is transposed in registers: Triton 3.4 to 3.7.0 miscompiles
 products with such an operand on Hopper (flash-linear-attention#640).
 """
@@ -7,14 +12,15 @@ products with such an operand on Hopper (flash-linear-attention#640).
 import triton
 import triton.language as tl
 
-LOG2E = tl.constexpr(1.4426950408889634)
+from flashtrain.kernels.pairing_attention.forward import rows_of
 
 
 @triton.jit
-def row_sums_kernel(  # type: ignore[no-untyped-def]
+def take_slope_kernel(  # type: ignore[no-untyped-def]
     slope,
     o,
     total,
+    kept,
     sequence,
     heads,
     s_batch,
@@ -23,11 +29,14 @@ def row_sums_kernel(  # type: ignore[no-untyped-def]
     o_batch,
     o_head,
     o_time,
+    kept_batch,
+    kept_head,
+    kept_time,
     D: tl.constexpr,
     BM: tl.constexpr,
     ADD: tl.constexpr,
 ):
-    """``total (+)= rowsum(slope · o)`` of ``BM`` rows of one head."""
+    """``total (+)= rowsum(slope · o)`` of ``BM`` rows of one head, and the slope in ``kept`` as well."""
     head = tl.program_id(1)
     batch = tl.program_id(2).to(tl.int64)
     row = tl.program_id(0) * BM + tl.arange(0, BM)
@@ -36,310 +45,255 @@ def row_sums_kernel(  # type: ignore[no-untyped-def]
     inside = (row < sequence)[:, None]
     slope += batch * s_batch + head.to(tl.int64) * s_head
     o += batch * o_batch + head.to(tl.int64) * o_head
-    d_output = tl.load(slope + far * s_time + width, mask=inside, other=0.0).to(tl.float32)
+    kept += batch * kept_batch + head.to(tl.int64) * kept_head
+    d_output = tl.load(slope + far * s_time + width, mask=inside, other=0.0)
+    tl.store(kept + far * kept_time + width, d_output, mask=inside)
     output = tl.load(o + far * o_time + width, mask=inside, other=0.0).to(tl.float32)
     line = total + (batch * heads + head) * sequence + row
-    found = tl.sum(d_output * output, axis=1)
+    found = tl.sum(d_output.to(tl.float32) * output, axis=1)
     if ADD:
         found += tl.load(line, mask=row < sequence, other=0.0)
     tl.store(line, found, mask=row < sequence)
 
 
 @triton.jit
-def _values_of(  # type: ignore[no-untyped-def]
-    dv,
+def shares_of(  # type: ignore[no-untyped-def]
     keys,
-    q,
-    slope,
-    lse,
+    queries,
+    lse_desc,
+    line,
+    start,
+    column,
+    scale,
+    root,
+    BM: tl.constexpr,
+    MASKED: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """``exp(K Qᵀ / root - lse)``, ``[keys, BM]`` of the queries from ``start`` on.
+
+    ``scale`` is log2(e) / root.
+    """
+    begin = lse_desc.load([line, start]).reshape(BM) * -root
+    begin = tl.broadcast_to(begin[None, :], (keys.shape[0], BM))
+    shares = tl.exp2(tl.dot(keys, queries.T, begin, input_precision=PRECISION) * scale)
+    if MASKED:
+        shares = tl.where(column[:, None] <= start + tl.arange(0, BM)[None, :], shares, 0.0)
+    return shares
+
+
+@triton.jit
+def _values_of(  # type: ignore[no-untyped-def]
+    total,
+    keys,
+    q_desc,
+    s_desc,
+    lse_desc,
+    batch,
+    head,
+    line,
     column,
     first,
     last,
-    sequence,
     scale,
-    q_time,
-    s_time,
+    root,
     D: tl.constexpr,
     BM: tl.constexpr,
     MASKED: tl.constexpr,
-    EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """One block of keys over the queries from ``first`` to before ``last``."""
-    local = tl.arange(0, BM)
-    width = tl.arange(0, D)
-    q_tile = local[:, None] * q_time + width[None, :]
-    s_tile = local[:, None] * s_time + width[None, :]
     for start in tl.range(first, last, BM, num_stages=STAGES):
-        at = tl.cast(start, tl.int64)
-        if EVEN:
-            queries = tl.load(q + at * q_time + q_tile)
-            d_output = tl.load(slope + at * s_time + s_tile)
-            top = tl.load(lse + start + local) * LOG2E
-        else:
-            inside = start + local < sequence
-            queries = tl.load(q + at * q_time + q_tile, mask=inside[:, None], other=0.0)
-            d_output = tl.load(slope + at * s_time + s_tile, mask=inside[:, None], other=0.0)
-            top = tl.load(lse + start + local, mask=inside, other=float("inf")) * LOG2E
-        scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale
-        shares = tl.exp2(scores - top[None, :])
-        if MASKED:
-            shares = tl.where(column[:, None] <= start + local[None, :], shares, 0.0)
-        dv = tl.dot(shares.to(d_output.dtype), d_output, dv, input_precision=PRECISION)
-    return dv
+        queries = rows_of(q_desc, batch, head, start, BM, D)
+        shares = shares_of(keys, queries, lse_desc, line, start, column, scale, root, BM, MASKED, PRECISION)
+        d_output = rows_of(s_desc, batch, head, start, BM, D)
+        total = tl.dot(shares.to(s_desc.dtype), d_output, total, input_precision=PRECISION)
+    return total
 
 
 @triton.jit
 def value_gradient_kernel(  # type: ignore[no-untyped-def]
-    q,
-    k,
-    lse,
-    slope,
+    q_desc,
+    k_desc,
+    s_desc,
+    lse_desc,
     dv,
     sequence,
-    heads,
     group,
+    kv_heads,
     scale,
-    q_batch,
-    q_head,
-    q_time,
-    k_batch,
-    k_head,
-    k_time,
-    s_batch,
-    s_head,
-    s_time,
+    root,
     v_batch,
     v_head,
     v_time,
     D: tl.constexpr,
     BM: tl.constexpr,
     BN: tl.constexpr,
-    EVEN: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
     """dV of ``BN`` keys of one KV head: two products a tile, ``P = exp(K Qᵀ - lse)`` and ``P dO``."""
-    first = tl.program_id(0) * BN  # the longest columns first
-    kv_head = tl.program_id(1)
-    batch = tl.program_id(2).to(tl.int64)
+    kv_head = tl.program_id(0) % kv_heads
+    batch = tl.program_id(0) // kv_heads
+    first = tl.program_id(1) * BN  # the longest columns first
     column = first + tl.arange(0, BN)
-    width = tl.arange(0, D)
-    inside = (column < sequence)[:, None]
-    far = column.to(tl.int64)[:, None]
-    k += batch * k_batch + kv_head.to(tl.int64) * k_head
-    keys = tl.load(k + far * k_time + width[None, :], mask=inside, other=0.0)
+    keys = rows_of(k_desc, batch, kv_head, first, BN, D)
     total = tl.zeros((BN, D), dtype=tl.float32)
     for member in range(group):
-        head = (kv_head * group + member).to(tl.int64)
-        q_here = q + batch * q_batch + head * q_head
-        s_here = slope + batch * s_batch + head * s_head
-        line = lse + (batch * heads + head) * sequence
+        head = kv_head * group + member
+        line = batch * kv_heads * group + head
         total = _values_of(
-            total, keys, q_here, s_here, line, column, first, tl.minimum(first + BN, sequence), sequence,
-            scale, q_time, s_time,
-            D=D, BM=BM, MASKED=True, EVEN=EVEN, PRECISION=PRECISION, STAGES=STAGES,
+            total, keys, q_desc, s_desc, lse_desc, batch, head, line, column, first,
+            tl.minimum(first + BN, sequence), scale, root,
+            D=D, BM=BM, MASKED=True, PRECISION=PRECISION, STAGES=STAGES,
         )  # fmt: skip
         total = _values_of(
-            total, keys, q_here, s_here, line, column, first + BN, sequence, sequence, scale, q_time, s_time,
-            D=D, BM=BM, MASKED=False, EVEN=EVEN, PRECISION=PRECISION, STAGES=STAGES,
+            total, keys, q_desc, s_desc, lse_desc, batch, head, line, column, first + BN, sequence, scale,
+            root, D=D, BM=BM, MASKED=False, PRECISION=PRECISION, STAGES=STAGES,
         )  # fmt: skip
-    dv += batch * v_batch + kv_head.to(tl.int64) * v_head
-    tl.store(dv + far * v_time + width[None, :], total.to(dv.dtype.element_ty), mask=inside)
+    dv += batch.to(tl.int64) * v_batch + kv_head.to(tl.int64) * v_head
+    place = column.to(tl.int64)[:, None] * v_time + tl.arange(0, D)[None, :]
+    tl.store(dv + place, total.to(dv.dtype.element_ty), mask=(column < sequence)[:, None])
 
 
 @triton.jit
-def tiles_before(  # type: ignore[no-untyped-def]
-    block, rows, RATIO: tl.constexpr
-):
-    """Tiles of score gradients that are stored before those of the keys of ``block``.
-
-    Block b of keys has those of ``rows - b · RATIO`` blocks of queries: none for queries before its keys.
-    """
-    return block * rows - RATIO * (block * (block - 1) // 2)
+def tiles_before(row):  # type: ignore[no-untyped-def]
+    """Tiles of score gradients that are stored before those of ``row``: row r has r + 1 of them."""
+    return row * (row + 1) // 2
 
 
-@triton.jit(do_not_specialize=["count", "first_pair", "first_member"])
-def key_gradient_kernel(  # type: ignore[no-untyped-def]
-    q,
-    k,
-    v,
-    lse,
-    sums,
-    slope,
-    slopes,
-    values,
-    places,
-    count,
-    scores_out,
-    dk,
-    dv,
+@triton.jit(do_not_specialize=["depth", "first_pair", "first_member"])
+def score_gradient_kernel(  # type: ignore[no-untyped-def]
+    q_desc,
+    k_desc,
+    slopes_desc,
+    values_desc,
+    lse_desc,
+    sums_desc,
+    order,
+    depth,
+    tiles_out,
     sequence,
-    heads,
     group,
     kv_heads,
     first_pair,
     first_member,
     members,
     scale,
-    sigma,
-    q_batch,
-    q_head,
-    q_time,
-    k_batch,
-    k_head,
-    k_time,
-    v_batch,
-    v_head,
-    v_time,
-    s_batch,
-    s_head,
-    s_time,
-    c_batch,
-    c_head,
-    c_time,
+    root,
     D: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
-    ADD: tl.constexpr,
-    EVEN: tl.constexpr,
+    TILE: tl.constexpr,
+    BK: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dK and dV of ``BN`` keys of one KV head, and its tiles of score gradients, over ``members`` heads.
+    """One tile of the score gradients of one query head, ``P · (VV DOᵀ - sums)``, summed over all layers.
 
-    Layer c of the ``count`` that share has dO_c at ``slopes + places[2c]`` and V_c at ``values +
-    places[2c+1]``, in elements. The tile of the score gradient is ``P · (Σ_c V_c dO_cᵀ - sums)``, in the
-    inputs' dtype as the products need it. ``ADD``: dk and dv ``[B, kv heads, S, D]`` hold the sum of
-    earlier members.
+    ``slopes`` and ``values`` have the layers side by side, ``depth`` values a token, so that their sum is one
+    product. Tiles come in the ``order`` of a table of ``key tile + row tile << 16``.
     """
-    block = tl.program_id(0)  # the longest columns first
-    pair = first_pair + tl.program_id(1)
-    kv_head = (pair % kv_heads).to(tl.int64)
-    batch = (pair // kv_heads).to(tl.int64)
-    # Scalars in 64 bits move the pointers; offsets inside a tile are 32 bits, or each element's address would
-    # take two registers of its own.
-    start = tl.cast(block * BN, tl.int64)
-    column = tl.arange(0, BN)
-    local = tl.arange(0, BM)
-    width = tl.arange(0, D)
-    ahead = (block * BN + column < sequence)[:, None]
-    k += batch * k_batch + kv_head * k_head + start * k_time
-    v += batch * v_batch + kv_head * v_head + start * v_time
-    values += batch * c_batch + kv_head * c_head + start * c_time
-    keys = tl.load(k + (column[:, None] * k_time + width[None, :]), mask=ahead, other=0.0)
-    own = tl.load(v + (column[:, None] * v_time + width[None, :]), mask=ahead, other=0.0)
-    v_tile = column[:, None] * c_time + width[None, :]
-    s_tile = local[:, None] * s_time + width[None, :]
-    q_tile = local[:, None] * q_time + width[None, :]
-    tile = column[:, None] * BM + local[None, :]
-    shift = (batch * kv_heads + kv_head) * sequence * D + start * D
-    dk += shift
-    dv += shift
-    if ADD:
-        d_keys = tl.load(dk + (column[:, None] * D + width[None, :]), mask=ahead, other=0.0)
-        d_values = tl.load(dv + (column[:, None] * D + width[None, :]), mask=ahead, other=0.0)
-    else:
-        d_keys = tl.zeros((BN, D), dtype=tl.float32)
-        d_values = tl.zeros((BN, D), dtype=tl.float32)
-    rows = tl.cdiv(sequence, BM)
-    stored = tl.cast(tiles_before(tl.cdiv(sequence, BN), rows, RATIO=BN // BM), tl.int64)
-    before = tiles_before(block, rows, RATIO=BN // BM)
-    for member in range(members):
-        head = kv_head * group + first_member + member
-        line = (batch * heads + head) * sequence
-        kept = scores_out + ((tl.program_id(1) * members + member) * stored + before) * (BM * BN)
-        for row in range(block * (BN // BM), rows):
-            at = tl.cast(row * BM, tl.int64)
-            s_here = batch * s_batch + head * s_head + at * s_time
-            inside = row * BM + local < sequence
-            queries = tl.load(
-                q + (batch * q_batch + head * q_head + at * q_time) + q_tile, mask=inside[:, None], other=0.0
-            )
-            d_output = tl.load(slope + s_here + s_tile, mask=inside[:, None], other=0.0)
-            top = tl.load(lse + (line + at) + local, mask=inside, other=float("inf")) * LOG2E
-            scores = tl.dot(keys, tl.trans(queries), input_precision=PRECISION) * scale
-            shares = tl.exp2(scores - top[None, :])
-            shares = tl.where((block * BN + column)[:, None] <= (row * BM + local)[None, :], shares, 0.0)
-            d_values = tl.dot(shares.to(d_output.dtype), d_output, d_values, input_precision=PRECISION)
-            inner = tl.dot(own, tl.trans(d_output), input_precision=PRECISION)
-            # A layer's place is read a turn ahead of its tiles.
-            d_place = tl.load(places)
-            v_place = tl.load(places + 1)
-            for c in tl.range(count, num_stages=STAGES):
-                d_here = tl.multiple_of(slopes + (s_here + d_place), 16) + s_tile
-                v_here = tl.multiple_of(values + v_place, 16) + v_tile
-                if EVEN:
-                    theirs = tl.load(d_here)
-                    their_values = tl.load(v_here)
-                else:
-                    theirs = tl.load(d_here, mask=inside[:, None], other=0.0)
-                    their_values = tl.load(v_here, mask=ahead, other=0.0)
-                following = tl.minimum(c + 1, count - 1) * 2
-                d_place = tl.load(places + following)
-                v_place = tl.load(places + following + 1)
-                inner = tl.dot(their_values, tl.trans(theirs), inner, input_precision=PRECISION)
-            sum_here = tl.load(sums + (line + at) + local, mask=inside, other=0.0)
-            d_scores = (shares * (inner - sum_here[None, :])).to(queries.dtype)
-            tl.store(kept + tl.cast(row - block * (BN // BM), tl.int64) * (BM * BN) + tile, d_scores)
-            d_keys = tl.dot(d_scores, queries, d_keys, input_precision=PRECISION)
-    if first_member + members == group:
-        d_keys *= sigma
-    place = column[:, None] * D + width[None, :]
-    tl.store(dk + place, d_keys.to(dk.dtype.element_ty), mask=ahead)
-    tl.store(dv + place, d_values.to(dv.dtype.element_ty), mask=ahead)
+    word = tl.load(order + tl.program_id(0))
+    block = word & 0xFFFF
+    row = word >> 16
+    pair = first_pair + tl.program_id(1) // members
+    kv_head = pair % kv_heads
+    batch = pair // kv_heads
+    head = kv_head * group + first_member + tl.program_id(1) % members
+    line = batch * kv_heads * group + head
+    column = tl.arange(0, TILE)
+    keys = rows_of(k_desc, batch, kv_head, block * TILE, TILE, D)
+    queries = rows_of(q_desc, batch, head, row * TILE, TILE, D)
+    shares = shares_of(
+        keys, queries, lse_desc, line, row * TILE, block * TILE + column, scale, root, TILE, True, PRECISION
+    ).to(q_desc.dtype)  # half of the registers while the product goes on
+    inner = tl.broadcast_to(-sums_desc.load([line, row * TILE]), (TILE, TILE))
+    for start in tl.range(0, depth, BK, num_stages=STAGES):
+        slopes = slopes_desc.load([batch, head, row * TILE, start]).reshape(TILE, BK)
+        values = values_desc.load([batch, kv_head, block * TILE, start]).reshape(TILE, BK)
+        inner = tl.dot(values, slopes.T, inner, input_precision=PRECISION)
+    stored = tl.cast(tiles_before(tl.cdiv(sequence, TILE)), tl.int64)
+    tiles_out += (tl.program_id(1) * stored + tiles_before(row) + block) * (TILE * TILE)
+    place = column[:, None] * TILE + tl.arange(0, TILE)[None, :]
+    tl.store(tiles_out + place, (shares * inner).to(tiles_out.dtype.element_ty))
 
 
 @triton.jit(do_not_specialize=["first_pair", "first_member"])
 def query_gradient_kernel(  # type: ignore[no-untyped-def]
-    k,
-    scores,
+    k_desc,
+    tiles_desc,
     dq,
     sequence,
-    heads,
     group,
     kv_heads,
     first_pair,
     first_member,
     members,
     sigma,
-    k_batch,
-    k_head,
-    k_time,
     D: tl.constexpr,
-    BM: tl.constexpr,
-    BN: tl.constexpr,
+    TILE: tl.constexpr,
     PRECISION: tl.constexpr,
     STAGES: tl.constexpr,
 ):
-    """dQ of ``BM`` rows of one query head out of the tiles ``[key, query]`` of score gradients."""
+    """dQ ``[B, H, S, D]`` of a tile of rows of one query head out of the tiles of score gradients."""
     row = tl.num_programs(0) - 1 - tl.program_id(0)  # the longest rows first
     pair = first_pair + tl.program_id(1)
     member = tl.program_id(2)
-    kv_head = (pair % kv_heads).to(tl.int64)
-    batch = (pair // kv_heads).to(tl.int64)
-    head = kv_head * group + first_member + member
-    width = tl.arange(0, D)
-    local = tl.arange(0, BM)
-    column = tl.arange(0, BN)
-    rows = tl.cdiv(sequence, BM)
-    stored = tl.cast(tiles_before(tl.cdiv(sequence, BN), rows, RATIO=BN // BM), tl.int64)
-    scores += (tl.program_id(1) * members + member) * stored * (BM * BN)
-    k += batch * k_batch + kv_head * k_head
-    tile = column[None, :] * BM + local[:, None]
-    total = tl.zeros((BM, D), dtype=tl.float32)
-    for block in tl.range(0, row // (BN // BM) + 1, num_stages=STAGES):
-        spot = tiles_before(block, rows, RATIO=BN // BM) + row - block * (BN // BM)
-        d_scores = tl.load(scores + tl.cast(spot, tl.int64) * (BM * BN) + tile)
-        ahead = (block * BN + column < sequence)[:, None]
-        far = tl.cast(block * BN, tl.int64)
-        keys = tl.load(k + far * k_time + column[:, None] * k_time + width[None, :], mask=ahead, other=0.0)
-        total = tl.dot(d_scores, keys, total, input_precision=PRECISION)
-    place = row * BM + local
-    out = ((batch * heads + head) * sequence + place.to(tl.int64)) * D
-    tl.store(
-        dq + out[:, None] + width[None, :],
-        (total * sigma).to(dq.dtype.element_ty),
-        mask=(place < sequence)[:, None],
-    )
+    kv_head = pair % kv_heads
+    batch = pair // kv_heads
+    stored = tiles_before(tl.cdiv(sequence, TILE))
+    first = (tl.program_id(1) * members + member) * stored + tiles_before(row)
+    total = tl.zeros((TILE, D), dtype=tl.float32)
+    for block in tl.range(0, row + 1, num_stages=STAGES):
+        d_scores = tiles_desc.load([(first + block) * TILE, 0])
+        keys = rows_of(k_desc, batch, kv_head, block * TILE, TILE, D)
+        total = tl.dot(d_scores.T, keys, total, input_precision=PRECISION)
+    place = row * TILE + tl.arange(0, TILE)
+    line = batch * kv_heads * group + kv_head * group + first_member + member
+    dq += (line.to(tl.int64) * sequence + place)[:, None] * D + tl.arange(0, D)[None, :]
+    tl.store(dq, (total * sigma).to(dq.dtype.element_ty), mask=(place < sequence)[:, None])
+
+
+@triton.jit(do_not_specialize=["first_pair", "first_member"])
+def key_gradient_kernel(  # type: ignore[no-untyped-def]
+    q_desc,
+    tiles_desc,
+    dk,
+    sequence,
+    group,
+    kv_heads,
+    first_pair,
+    first_member,
+    members,
+    sigma,
+    D: tl.constexpr,
+    TILE: tl.constexpr,
+    ADD: tl.constexpr,
+    PRECISION: tl.constexpr,
+    STAGES: tl.constexpr,
+):
+    """dK ``[B, kv heads, S, D]`` of a tile of keys of one KV head, over ``members`` query heads.
+
+    ``ADD``: dk holds the sum of earlier members.
+    """
+    block = tl.program_id(0)  # the longest columns first
+    pair = first_pair + tl.program_id(1)
+    kv_head = pair % kv_heads
+    batch = pair // kv_heads
+    rows = tl.cdiv(sequence, TILE)
+    place = block * TILE + tl.arange(0, TILE)
+    inside = (place < sequence)[:, None]
+    dk += (pair.to(tl.int64) * sequence + place)[:, None] * D + tl.arange(0, D)[None, :]
+    total = tl.load(dk, mask=inside, other=0.0) if ADD else tl.zeros((TILE, D), dtype=tl.float32)
+    count = rows - block
+    for step in tl.range(0, count * members, num_stages=STAGES):
+        member = step // count
+        row = block + step % count
+        head = kv_head * group + first_member + member
+        tile = (tl.program_id(1) * members + member) * tiles_before(rows) + tiles_before(row) + block
+        d_scores = tiles_desc.load([tile * TILE, 0])
+        queries = rows_of(q_desc, batch, head, row * TILE, TILE, D)
+        total = tl.dot(d_scores, queries, total, input_precision=PRECISION)
+    if first_member + members == group:
+        total *= sigma
+    tl.store(dk, total.to(dk.dtype.element_ty), mask=inside)

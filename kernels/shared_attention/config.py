@@ -4,6 +4,8 @@ from dataclasses import dataclass
 
 import torch
 
+from flashtrain.kernels.pairing_attention.config import refusal as forward_refusal
+
 WIDTHS = (16, 32, 64, 128)
 # Score gradients of as many heads as fit in so many bytes are stored at a time.
 SCRATCH_BYTES = 1 << 30
@@ -11,41 +13,57 @@ SCRATCH_BYTES = 1 << 30
 
 @dataclass(frozen=True)
 class Blocks:
-    """``queries`` by ``keys`` of a tile; in the backward kernels the first must divide the second."""
+    """``queries`` by ``keys`` of a tile; the first must divide the second.
+
+    ``registers``: the most a thread may have, so that as many blocks share a multiprocessor as are to hide
+    one another's exponentials; None: what the compiler takes.
+    """
 
     queries: int
     keys: int
     warps: int
     stages: int
+    registers: int | None = None
+
+    @property
+    def launch(self) -> dict[str, int]:
+        """What a launch is given besides tiles and stages."""
+        registers = {} if self.registers is None else {"maxnreg": self.registers}
+        return {"num_warps": self.warps} | registers
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Blocks of each kernel."""
+    """Blocks of each kernel; those of ``scores`` and ``products`` are square and of one size.
 
-    forward: Blocks
+    ``depth``: how many values of the layers side by side a step of the product over them takes.
+    """
+
     values: Blocks
-    source: Blocks
-    query: Blocks
+    scores: Blocks
+    products: Blocks
+    depth: int = 64
+
+    def __post_init__(self) -> None:
+        if len({self.scores.queries, self.scores.keys, self.products.queries, self.products.keys}) > 1:
+            raise ValueError(f"{self.scores} and {self.products} must have square tiles of one size")
+        if self.values.keys % self.values.queries:
+            raise ValueError(f"the queries of {self.values} must divide its keys")
 
 
-# Registers decide: a source's tile has scores, their gradient, dK and dV in fp32 at once, which at 128 x 128
-# with heads of 64 fills 192 of a thread's 255 registers with 8 warps; heads of 128 get half of the queries.
-_NARROW = Choice(
-    forward=Blocks(queries=128, keys=128, warps=8, stages=3),
-    values=Blocks(queries=128, keys=128, warps=8, stages=3),
-    source=Blocks(queries=128, keys=128, warps=8, stages=3),
-    query=Blocks(queries=128, keys=128, warps=8, stages=3),
-)
+# Two blocks of 8 warps share a multiprocessor where a thread has 128 registers at most and a block half of
+# the shared memory.
+_SCORES = Blocks(queries=128, keys=128, warps=8, stages=3, registers=128)
+_PRODUCTS = Blocks(queries=128, keys=128, warps=8, stages=3)
+_NARROW = Choice(values=Blocks(queries=64, keys=128, warps=8, stages=3), scores=_SCORES, products=_PRODUCTS)
 _WIDE = Choice(
-    forward=Blocks(queries=128, keys=128, warps=8, stages=2),
-    values=Blocks(queries=64, keys=128, warps=8, stages=3),
-    source=Blocks(queries=64, keys=128, warps=8, stages=2),
-    query=Blocks(queries=64, keys=128, warps=4, stages=3),
+    values=Blocks(queries=64, keys=128, warps=8, stages=2, registers=128),
+    scores=_SCORES,
+    products=_PRODUCTS,
 )
 # fp32 is for comparing runs: products are IEEE fp32 on the plain units, so small tiles and no pipeline.
 _TILE = Blocks(queries=32, keys=32, warps=4, stages=1)
-_SINGLE = Choice(forward=_TILE, values=_TILE, source=_TILE, query=_TILE)
+_SINGLE = Choice(values=_TILE, scores=_TILE, products=_TILE, depth=32)
 
 
 def choice(dtype: torch.dtype, width: int) -> Choice:
@@ -64,4 +82,4 @@ def refusal(dtype: torch.dtype, width: int) -> str | None:
             f"the kernels of shared attention take heads of {WIDTHS} values, not {width}: set "
             "model.sharing.deferred to false"
         )
-    return None
+    return forward_refusal(dtype, width)

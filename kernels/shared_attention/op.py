@@ -27,7 +27,7 @@ class Pass:
     """One forward and backward pass of a source and of the layers that share its queries and keys.
 
     ``follow``: the layers that share add to the gradients of query and key. Queries are ``[B, H, S, D]``,
-    keys and values ``[B, kv heads, S, D]``. Backward passes of sharing layers leave dO_c and V_c here.
+    keys and values ``[B, kv heads, S, D]``. Backward passes leave dO_c and V_c here, side by side.
     """
 
     query: Tensor
@@ -36,9 +36,8 @@ class Pass:
 
     def __init__(self, follow: bool = True) -> None:
         self.follow = follow
-        self.slopes: list[Tensor] = []
-        self.values: list[Tensor] = []
-        self.sums: Tensor | None = None
+        self._layers = 1  # that will give to the gradients
+        self._given: _Given | None = None
 
     def open(self, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         """The source's output ``[B, H, S, D]``.
@@ -50,18 +49,50 @@ class Pass:
         return output
 
     def join(self, value: Tensor, forward: Forward | None = None) -> Tensor:
-        """The output ``[B, H, S, D]`` of a layer with values of its own.
-
-        ``forward``: another attention of query, key and value; the kernel is spared the sums of its rows.
-        """
+        """The output ``[B, H, S, D]`` of a layer with values of its own, by ``forward`` if that is given."""
+        self._layers += self.follow
         output: Tensor = _Sharing.apply(self, value, forward)
         return output
 
+    def take(self, slope: Tensor, output: Tensor, value: Tensor) -> None:
+        """What a layer gives to the gradients of query and key."""
+        if self._given is None:
+            self._given = _Given(slope, value, self._layers)
+        self._given.add(slope, output, value)
 
-def _kernels(query: Tensor) -> ModuleType | None:
-    """The Triton kernels, or None on a CPU."""
+    def close(self) -> tuple[Tensor, Tensor]:
+        """The gradients of query and key, from all that layers gave."""
+        given, self._given = self._given, None
+        assert given is not None
+        found: tuple[Tensor, Tensor] = _at(self.query).score_gradients(
+            self.query, self.key, self.lse, given.total, *given.side_by_side()
+        )
+        return found
+
+
+class _Given:
+    """Slopes and values of up to ``layers`` layers side by side, and the sum of their row sums."""
+
+    def __init__(self, slope: Tensor, value: Tensor, layers: int) -> None:
+        self._slopes, self._values = (x.new_empty(*x.shape[:3], layers, x.shape[3]) for x in (slope, value))
+        self._count = 0
+        self.total: Tensor | None = None
+
+    def add(self, slope: Tensor, output: Tensor, value: Tensor) -> None:
+        """One more layer."""
+        self._values[:, :, :, self._count] = value
+        self.total = _at(slope).take_slope(slope, output, self.total, self._slopes[:, :, :, self._count])
+        self._count += 1
+
+    def side_by_side(self) -> tuple[Tensor, Tensor]:
+        """``[B, H, S, layers, D]`` and ``[B, kv heads, S, layers, D]`` of the layers that were added."""
+        return self._slopes[:, :, :, : self._count], self._values[:, :, :, : self._count]
+
+
+def _at(query: Tensor) -> ModuleType:
+    """The Triton kernels, or on a CPU the reference."""
     if not query.is_cuda:
-        return None
+        return reference
     reason = refusal(query.dtype, query.shape[3])
     if reason is not None:
         raise UserError(reason)
@@ -70,57 +101,40 @@ def _kernels(query: Tensor) -> ModuleType | None:
     return triton
 
 
-def _add_row_sums(slope: Tensor, output: Tensor, total: Tensor | None) -> Tensor:
-    if (kernels := _kernels(slope)) is not None:
-        found: Tensor = kernels.add_row_sums(slope, output, total)
-        return found
-    found = reference.row_sums(slope, output)
-    return found if total is None else total.add_(found)
-
-
 class _Source(Function):
     @staticmethod
     def forward(ctx: Any, region: Pass, query: Tensor, key: Tensor, value: Tensor) -> Tensor:
         output: Tensor
-        output, lse = (_kernels(query) or reference).attend(query, key, value)
-        region.lse = lse
+        output, region.lse = _at(query).attend(query, key, value)
         ctx.region = region
-        ctx.save_for_backward(query, key, value, output, lse)
+        ctx.save_for_backward(value, output)
         return output
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[Tensor | None, ...]:
-        query, key, value, output, lse = ctx.saved_tensors
+        value, output = ctx.saved_tensors
         region: Pass = ctx.region
         ctx.region = None  # nodes outlive their backward pass, as long as the loss does
-        total = _add_row_sums(slope, output, region.sums)
-        found = (_kernels(query) or reference).source_gradient(
-            query, key, lse, total, slope, value, region.slopes, region.values
-        )
-        region.slopes, region.values, region.sums = [], [], None
-        return (None, *found)
+        region.take(slope, output, value)
+        d_value = _at(slope).value_gradient(region.query, region.key, region.lse, slope)
+        return None, *region.close(), d_value
 
 
 class _Sharing(Function):
     @staticmethod
     def forward(ctx: Any, region: Pass, value: Tensor, other: Forward | None) -> Tensor:
-        query, key, lse = region.query, region.key, region.lse
+        query, key = region.query, region.key
         output: Tensor
-        if other is None:
-            output = (_kernels(query) or reference).attend_given(query, key, value, lse)
-        else:
-            output = other(query, key, value)
+        output = _at(query).attend(query, key, value)[0] if other is None else other(query, key, value)
         ctx.region = region
-        ctx.save_for_backward(query, key, lse, value, output)
+        ctx.save_for_backward(value, output)
         return output
 
     @staticmethod
     def backward(ctx: Any, slope: Tensor) -> tuple[None, Tensor, None]:
-        query, key, lse, value, output = ctx.saved_tensors
+        value, output = ctx.saved_tensors
         region: Pass = ctx.region
         ctx.region = None
         if region.follow:
-            region.sums = _add_row_sums(slope, output, region.sums)
-            region.slopes.append(slope)
-            region.values.append(value)
-        return None, (_kernels(query) or reference).value_gradient(query, key, lse, slope), None
+            region.take(slope, output, value)
+        return None, _at(slope).value_gradient(region.query, region.key, region.lse, slope), None

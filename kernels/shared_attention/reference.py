@@ -5,8 +5,6 @@ query head h at KV head ``h // (H / kv heads)``. Results are in the inputs' dtyp
 fp64), log-sum-exps and row sums ``[B, H, S]`` are fp32 (fp64).
 """
 
-from collections.abc import Sequence
-
 import torch
 from torch import Tensor
 
@@ -49,9 +47,14 @@ def attend_given(query: Tensor, key: Tensor, value: Tensor, lse: Tensor) -> Tens
     return (_shares(query, key, lse) @ _repeated(value, group)).to(query.dtype)
 
 
-def row_sums(slope: Tensor, output: Tensor) -> Tensor:
-    """``rowsum(slope · output)`` of ``[B, H, S, D]`` each -> ``[B, H, S]``."""
-    return (_wide(slope) * _wide(output)).sum(-1)
+def take_slope(slope: Tensor, output: Tensor, total: Tensor | None, kept: Tensor) -> Tensor:
+    """``rowsum(slope · output)`` of ``[B, H, S, D]`` each, added to ``total`` -> ``[B, H, S]``.
+
+    The slope is copied to ``kept``, of its shape.
+    """
+    kept.copy_(slope)
+    found = (_wide(slope) * _wide(output)).sum(-1)
+    return found if total is None else total.add_(found)
 
 
 def value_gradient(query: Tensor, key: Tensor, lse: Tensor, slope: Tensor) -> Tensor:
@@ -60,29 +63,18 @@ def value_gradient(query: Tensor, key: Tensor, lse: Tensor, slope: Tensor) -> Te
     return _summed(shares.transpose(2, 3) @ _wide(slope), query.shape[1] // key.shape[1]).to(slope.dtype)
 
 
-def source_gradient(
-    query: Tensor,
-    key: Tensor,
-    lse: Tensor,
-    total: Tensor,
-    slope: Tensor,
-    value: Tensor,
-    slopes: Sequence[Tensor],
-    values: Sequence[Tensor],
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and the source's value, shaped like them, for all layers of the region at once.
+def score_gradients(
+    query: Tensor, key: Tensor, lse: Tensor, total: Tensor, slopes: Tensor, values: Tensor
+) -> tuple[Tensor, Tensor]:
+    """Gradients of query and key, shaped like them, for all layers of the region at once.
 
-    ``slope`` and ``value`` are the source's, ``slopes`` and ``values`` those of the layers that share, and
-    ``total [B, H, S]`` is the sum of the ``row_sums`` of all of them. With P the shares:
-    dS = P · (Σ_c dO_c V_cᵀ - total), dQ = dS K / √D, dK = dSᵀ Q / √D, dV = Pᵀ dO.
+    ``slopes [B, H, S, layers, D]`` and ``values [B, kv heads, S, layers, D]`` are those of all layers, and
+    ``total [B, H, S]`` is the sum of their row sums. With P the shares, DO and VV the layers side by side:
+    dS = P · (DO VVᵀ - total), dQ = dS K / √D, dK = dSᵀ Q / √D.
     """
     group = query.shape[1] // key.shape[1]
-    shares = _shares(query, key, lse)
-    inner = torch.zeros_like(shares)
-    for d_output, own in zip((slope, *slopes), (value, *values), strict=True):
-        inner += _wide(d_output) @ _repeated(own, group).transpose(2, 3)
-    d_scores = shares * (inner - total.unsqueeze(-1)) * query.shape[-1] ** -0.5
+    inner = _wide(slopes).flatten(3) @ _repeated(values, group).flatten(3).transpose(2, 3)
+    d_scores = _shares(query, key, lse) * (inner - total.unsqueeze(-1)) * query.shape[-1] ** -0.5
     d_query = d_scores @ _repeated(key, group)
     d_key = _summed(d_scores.transpose(2, 3) @ _wide(query), group)
-    d_value = _summed(shares.transpose(2, 3) @ _wide(slope), group)
-    return d_query.to(query.dtype), d_key.to(key.dtype), d_value.to(value.dtype)
+    return d_query.to(query.dtype), d_key.to(key.dtype)

@@ -1,86 +1,53 @@
 """Launches of the kernels; arguments and results as in ``reference``, with any strides."""
 
-from collections.abc import Sequence
+from functools import lru_cache
+from typing import NamedTuple
 
 import torch
 import triton
 from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
 
+from flashtrain.kernels.pairing_attention import triton as pairing
 from flashtrain.kernels.shared_attention import config as configs
 from flashtrain.kernels.shared_attention.backward import (
     key_gradient_kernel,
     query_gradient_kernel,
-    row_sums_kernel,
+    score_gradient_kernel,
+    take_slope_kernel,
     value_gradient_kernel,
 )
-from flashtrain.kernels.shared_attention.config import Blocks
-from flashtrain.kernels.shared_attention.forward import shared_attention_kernel
 
 _LOG2E = 1.4426950408889634
 _SUM_ROWS = 64
-_ALIGNMENT = 32  # bytes: eight fp32, as the kernel is told of every place
+_ROWS_AT_ONCE = 8  # of tiles of score gradients, whose slopes stay in the L2 cache for one tile of keys
 
 
-def attend(query: Tensor, key: Tensor, value: Tensor, blocks: Blocks | None = None) -> tuple[Tensor, Tensor]:
+def attend(query: Tensor, key: Tensor, value: Tensor) -> tuple[Tensor, Tensor]:
     """Output ``[B, H, S, D]``, dense as ``[S, B, H, D]``, and log-sum-exp ``[B, H, S]`` fp32."""
-    lse = torch.empty(query.shape[:3], dtype=torch.float32, device=query.device)
-    return _forward(query, key, value, lse, False, blocks), lse
+    group = query.shape[1] // key.shape[1]
+    heads = range(query.shape[1])
+    return pairing.forward(query, key, value, tuple(heads), tuple(head // group for head in heads), True)
 
 
-def attend_given(
-    query: Tensor, key: Tensor, value: Tensor, lse: Tensor, blocks: Blocks | None = None
-) -> Tensor:
-    """Output ``[B, H, S, D]``, dense as ``[S, B, H, D]``, given ``lse [B, H, S]``."""
-    return _forward(query, key, value, lse, True, blocks)
+def take_slope(slope: Tensor, output: Tensor, total: Tensor | None, kept: Tensor) -> Tensor:
+    """``total [B, H, S]`` fp32 with the row sums of ``slope · output`` added in place; None: they alone.
 
-
-def _forward(
-    query: Tensor, key: Tensor, value: Tensor, lse: Tensor, given: bool, blocks: Blocks | None
-) -> Tensor:
-    query, key, value = map(_dense_rows, (query, key, value))
-    batch, heads, sequence, width = query.shape
-    blocks = blocks or configs.choice(query.dtype, width).forward
-    # As the projection after attention reads it.
-    output = torch.empty(sequence, batch, heads, width, dtype=query.dtype, device=query.device)
-    output = output.permute(1, 2, 0, 3)
-    shared_attention_kernel[(triton.cdiv(sequence, blocks.queries), heads, batch)](
-        query,
-        key,
-        value,
-        lse,
-        output,
-        sequence,
-        heads,
-        heads // key.shape[1],
-        width**-0.5 * _LOG2E,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *value.stride()[:3],
-        *output.stride()[:3],
-        D=width,
-        BM=blocks.queries,
-        BN=blocks.keys,
-        GIVEN=given,
-        PRECISION=_precision(query),
-        STAGES=blocks.stages,
-        num_warps=blocks.warps,
-    )
-    return output
-
-
-def add_row_sums(slope: Tensor, output: Tensor, total: Tensor | None) -> Tensor:
-    """``total [B, H, S]`` fp32 with the row sums of ``slope · output`` added in place; None: they alone."""
+    The slope is copied to ``kept``, of any strides.
+    """
     slope, output = _dense_rows(slope), _dense_rows(output)
     batch, heads, sequence, width = slope.shape
     found = torch.empty(slope.shape[:3], dtype=torch.float32, device=slope.device) if total is None else total
-    row_sums_kernel[(triton.cdiv(sequence, _SUM_ROWS), heads, batch)](
+    take_slope_kernel[(triton.cdiv(sequence, _SUM_ROWS), heads, batch)](
         slope,
         output,
         found,
+        kept,
         sequence,
         heads,
         *slope.stride()[:3],
         *output.stride()[:3],
+        *kept.stride()[:3],
         D=width,
         BM=_SUM_ROWS,
         ADD=total is not None,
@@ -90,170 +57,164 @@ def add_row_sums(slope: Tensor, output: Tensor, total: Tensor | None) -> Tensor:
 
 
 def value_gradient(
-    query: Tensor, key: Tensor, lse: Tensor, slope: Tensor, blocks: Blocks | None = None
+    query: Tensor, key: Tensor, lse: Tensor, slope: Tensor, choice: configs.Choice | None = None
 ) -> Tensor:
     """Gradient ``[B, kv heads, S, D]`` of the values, dense as ``[S, B, kv heads, D]``."""
-    query, key, slope = map(_dense_rows, (query, key, slope))
-    batch, heads, sequence, width = query.shape
-    kv_heads = key.shape[1]
-    blocks = blocks or configs.choice(query.dtype, width).values
-    found = torch.empty(sequence, batch, kv_heads, width, dtype=slope.dtype, device=slope.device)
-    found = found.permute(1, 2, 0, 3)
-    value_gradient_kernel[(triton.cdiv(sequence, blocks.keys), kv_heads, batch)](
-        query,
-        key,
-        lse,
-        slope,
+    sizes = _Sizes.of(query, key)
+    blocks = (choice or configs.choice(query.dtype, sizes.width)).values
+    found = torch.empty(
+        sizes.sequence, sizes.batch, sizes.kv_heads, sizes.width, dtype=slope.dtype, device=slope.device
+    ).permute(1, 2, 0, 3)
+    value_gradient_kernel[(sizes.batch * sizes.kv_heads, triton.cdiv(sizes.sequence, blocks.keys))](
+        _described(query, blocks.queries),
+        _described(key, blocks.keys),
+        _described(slope, blocks.queries),
+        _lines(lse, blocks.queries),
         found,
-        sequence,
-        heads,
-        heads // kv_heads,
-        width**-0.5 * _LOG2E,
-        *query.stride()[:3],
-        *key.stride()[:3],
-        *slope.stride()[:3],
+        sizes.sequence,
+        sizes.group,
+        sizes.kv_heads,
+        sizes.scale,
+        sizes.root,
         *found.stride()[:3],
-        D=width,
+        D=sizes.width,
         BM=blocks.queries,
         BN=blocks.keys,
-        EVEN=sequence % blocks.queries == 0,
-        PRECISION=_precision(query),
+        PRECISION=sizes.precision,
         STAGES=blocks.stages,
-        num_warps=blocks.warps,
+        **blocks.launch,
     )
     return found
 
 
-def source_gradient(
+def score_gradients(
     query: Tensor,
     key: Tensor,
     lse: Tensor,
     total: Tensor,
-    slope: Tensor,
-    value: Tensor,
-    slopes: Sequence[Tensor],
-    values: Sequence[Tensor],
-    blocks: tuple[Blocks, Blocks] | None = None,
+    slopes: Tensor,
+    values: Tensor,
+    choice: configs.Choice | None = None,
     scratch: int = configs.SCRATCH_BYTES,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of query, key and the source's value; ``scratch`` bytes hold tiles of score gradients.
+) -> tuple[Tensor, Tensor]:
+    """Gradients of query and key; ``scratch`` bytes hold tiles of score gradients.
 
-    ``blocks`` are those of the keys' and of the queries' kernel, with tiles of one size. However many layers
-    share, the kernels are the same: they find their tensors through a table.
+    However many layers there are, the kernels are the same.
     """
-    query, key, value = map(_dense_rows, (query, key, value))
-    slope, *slopes = _alike([slope, *slopes])
-    values = _alike(values) if values else [value]
-    batch, heads, sequence, width = query.shape
-    kv_heads = key.shape[1]
-    group = heads // kv_heads
-    chosen = configs.choice(query.dtype, width)
-    of_keys, of_queries = blocks or (chosen.source, chosen.query)
-    bm, bn = of_keys.queries, of_keys.keys
-    if (of_queries.queries, of_queries.keys) != (bm, bn) or bn % bm:
-        raise ValueError(f"{of_keys} and {of_queries} must have tiles of one size, and queries divide keys")
-    rows, columns = triton.cdiv(sequence, bm), triton.cdiv(sequence, bn)
-    stored = columns * rows - (bn // bm) * (columns * (columns - 1) // 2)
-    heads_at_once = max(1, scratch // (stored * bm * bn * query.element_size()))
+    sizes = _Sizes.of(query, key)
+    choice = choice or configs.choice(query.dtype, sizes.width)
+    scores, products = choice.scores, choice.products
+    tile, group = scores.keys, sizes.group
+    rows = triton.cdiv(sizes.sequence, tile)
+    stored = rows * (rows + 1) // 2
+    heads_at_once = max(1, scratch // (stored * tile * tile * query.element_size()))
     members = min(group, heads_at_once)
     members = next(n for n in range(members, 0, -1) if group % n == 0)
-    pairs = min(batch * kv_heads, max(1, heads_at_once // members))
-    tiles = torch.empty(pairs * members * stored * bm * bn, dtype=query.dtype, device=query.device)
+    pairs = min(sizes.batch * sizes.kv_heads, max(1, heads_at_once // members))
+    tiles = torch.empty(pairs * members * stored * tile, tile, dtype=query.dtype, device=query.device)
+    d_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
     # Sums over several launches stay in fp32.
     wide = torch.float32 if members < group else key.dtype
-    d_query = torch.empty(query.shape, dtype=query.dtype, device=query.device)
-    d_key, d_value = (torch.empty(key.shape, dtype=wide, device=key.device) for _ in range(2))
-    bases = (slopes[0] if slopes else slope), values[0]
-    places = _places(bases, slopes, values, query)
-    precision = _precision(query)
-    scale, sigma = width**-0.5 * _LOG2E, width**-0.5
-    for first in range(0, batch * kv_heads, pairs):
-        here = min(pairs, batch * kv_heads - first)
+    d_key = torch.empty(key.shape, dtype=wide, device=key.device)
+    order = _order(rows, query.device)
+    operands = [
+        _described(query, tile),
+        _described(key, tile),
+        _described(slopes.flatten(3), tile, choice.depth),
+        _described(values.flatten(3), tile, choice.depth),
+        _lines(lse, tile),
+        _lines(total, tile),
+    ]
+    described = TensorDescriptor(tiles, list(tiles.shape), [tile, 1], [tile, tile])
+    constants = {"D": sizes.width, "TILE": tile, "PRECISION": sizes.precision}
+    for first in range(0, sizes.batch * sizes.kv_heads, pairs):
+        here = min(pairs, sizes.batch * sizes.kv_heads - first)
         for member in range(0, group, members):
-            key_gradient_kernel[(columns, here)](
-                query,
-                key,
-                value,
-                lse,
-                total,
-                slope,
-                *bases,
-                places,
-                len(slopes),
+            place = (sizes.sequence, group, sizes.kv_heads, first, member, members)
+            score_gradient_kernel[(len(order), here * members)](
+                *operands,
+                order,
+                slopes.shape[3] * sizes.width,
                 tiles,
-                d_key,
-                d_value,
-                sequence,
-                heads,
-                group,
-                kv_heads,
-                first,
-                member,
-                members,
-                scale,
-                sigma,
-                *query.stride()[:3],
-                *key.stride()[:3],
-                *value.stride()[:3],
-                *slope.stride()[:3],
-                *values[0].stride()[:3],
-                D=width,
-                BM=bm,
-                BN=bn,
-                ADD=member > 0,
-                EVEN=sequence % bn == 0,
-                PRECISION=precision,
-                STAGES=of_keys.stages,
-                num_warps=of_keys.warps,
+                *place,
+                sizes.scale,
+                sizes.root,
+                BK=choice.depth,
+                STAGES=scores.stages,
+                **constants,
+                **scores.launch,
             )
             query_gradient_kernel[(rows, here, members)](
-                key,
-                tiles,
+                operands[1],
+                described,
                 d_query,
-                sequence,
-                heads,
-                group,
-                kv_heads,
-                first,
-                member,
-                members,
-                sigma,
-                *key.stride()[:3],
-                D=width,
-                BM=bm,
-                BN=bn,
-                PRECISION=precision,
-                STAGES=of_queries.stages,
-                num_warps=of_queries.warps,
+                *place,
+                1 / sizes.root,
+                STAGES=products.stages,
+                **constants,
+                **products.launch,
             )
-    return d_query, d_key.to(key.dtype), d_value.to(value.dtype)
+            key_gradient_kernel[(rows, here)](
+                operands[0],
+                described,
+                d_key,
+                *place,
+                1 / sizes.root,
+                ADD=member > 0,
+                STAGES=products.stages,
+                **constants,
+                **products.launch,
+            )
+    return d_query, d_key.to(key.dtype)
+
+
+class _Sizes(NamedTuple):
+    """What the launches of one call share; ``root`` is that of the width, ``scale`` log2(e) over it."""
+
+    batch: int
+    kv_heads: int
+    group: int
+    sequence: int
+    width: int
+    root: float
+    scale: float
+    precision: str
+
+    @classmethod
+    def of(cls, query: Tensor, key: Tensor) -> "_Sizes":
+        batch, heads, sequence, width = query.shape
+        kv_heads, root = key.shape[1], width**0.5
+        precision = "ieee" if query.dtype == torch.float32 else "tf32"
+        return cls(batch, kv_heads, heads // kv_heads, sequence, width, root, _LOG2E / root, precision)
+
+
+@lru_cache(maxsize=16)
+def _order(rows: int, device: torch.device) -> Tensor:
+    """Tiles of the causal half, ``key tile + row tile << 16`` each, int32: a few rows at a time, by keys."""
+    row, block = torch.tril_indices(rows, rows)
+    by = (row // _ROWS_AT_ONCE * rows + block) * _ROWS_AT_ONCE + row % _ROWS_AT_ONCE
+    return (block + (row << 16))[by.argsort()].to(torch.int32).to(device)
 
 
 def _dense_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
 
 
-def _alike(tensors: Sequence[Tensor]) -> list[Tensor]:
-    """``tensors`` of one layout, dense rows first at addresses that the kernel can read in one piece.
-
-    They are copied only where they differ, which those of a model's layers do not.
-    """
-    strides = _dense_rows(tensors[0]).stride()
-    if all(t.stride() == strides and t.data_ptr() % _ALIGNMENT == 0 for t in tensors):
-        return list(tensors)
-    return [t.clone(memory_format=torch.contiguous_format) for t in tensors]
+def _described(x: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
+    """``x [B, n, tokens, D]`` for TMA: ``rows`` of one head at a time, and ``columns`` of them or all."""
+    if any(s * x.itemsize % 16 or not s for s in x.stride()[:3]) or x.stride(3) != 1 or x.data_ptr() % 16:
+        x = x.contiguous()
+    # What TMA does not take, a dimension of one element may have.
+    strides = [s if n > 1 else x.shape[3] for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)]
+    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, columns or x.shape[3]])
 
 
-def _places(
-    bases: tuple[Tensor, Tensor], slopes: Sequence[Tensor], values: Sequence[Tensor], of: Tensor
-) -> Tensor:
-    """Where each layer's tensors start, in elements after ``bases``: ``[max(1, layers), 2]`` int64."""
-    table = [
-        [(t.data_ptr() - base.data_ptr()) // of.element_size() for t, base in zip(pair, bases, strict=True)]
-        for pair in zip(slopes, values, strict=bool(slopes))
-    ]
-    return torch.tensor(table or [[0, 0]]).to(of.device, non_blocking=True)
-
-
-def _precision(tensor: Tensor) -> str:
-    return "ieee" if tensor.dtype == torch.float32 else "tf32"
+def _lines(x: Tensor, columns: int) -> TensorDescriptor:
+    """``x [B, H, S]`` fp32 as ``[B · H, S]`` for TMA, whose rows begin at multiples of 16 bytes."""
+    sequence = x.shape[2]
+    lines = x.reshape(-1, sequence)
+    if sequence % 4:
+        padded = x.new_empty(len(lines), (sequence + 3) // 4 * 4)
+        padded[:, :sequence] = lines
+        lines = padded[:, :sequence]
+    return TensorDescriptor(lines, list(lines.shape), [lines.stride(0), 1], [1, columns])

@@ -11,14 +11,16 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from flashtrain.kernels.shared_attention import op, reference
-from flashtrain.kernels.shared_attention.config import Blocks, refusal
+from flashtrain.kernels.shared_attention.config import Blocks, Choice, refusal
 from tests.kernels.interpreter import DEVICE, interpreted
 
 with interpreted():
     from flashtrain.kernels.shared_attention import triton as kernels
 
-SMALL = Blocks(queries=16, keys=32, warps=4, stages=1)
 SQUARE = Blocks(queries=16, keys=16, warps=4, stages=1)
+SMALL = Choice(
+    values=Blocks(queries=16, keys=32, warps=4, stages=1), scores=SQUARE, products=SQUARE, depth=32
+)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -87,8 +89,8 @@ def test_kernels_equal_fp64(
     batch, queries, kv_heads, sequence, width = sizes
     given = heads(batch, queries, kv_heads, sequence, width, layers)
     true = outcome(naive, [t.double() for t in given])
-    monkeypatch.setattr(op, "_kernels", lambda query: kernels)
-    monkeypatch.setattr(kernels.configs, "choice", lambda dtype, width: kernels.configs.Choice(*[SMALL] * 4))
+    monkeypatch.setattr(op, "_at", lambda query: kernels)
+    monkeypatch.setattr(kernels.configs, "choice", lambda dtype, width: SMALL)
     found = outcome(deferred, given)
     for one, other in zip(found, true, strict=True):
         assert one.isfinite().all(), "an element was not written"
@@ -97,36 +99,38 @@ def test_kernels_equal_fp64(
         assert torch.equal(one, other), "other bits in a second run"
 
 
-def source_arguments(layers: int, dtype: torch.dtype = torch.float32) -> list[Any]:
-    query, key, value, *values = (t.to(dtype) for t in heads(2, 4, 2, 40, 16, layers))
-    slopes = [random(*query.shape, seed=50 + i).to(dtype) for i in range(layers + 1)]
-    output, lse = reference.attend(query, key, value)
-    return [query, key, lse, reference.row_sums(slopes[0], output), slopes[0], value, slopes[1:], values]
-
-
-def wide(arguments: list[Any]) -> list[Any]:
-    return [[t.double() for t in a] if isinstance(a, list) else a.double() for a in arguments]
+def score_arguments(layers: int) -> list[Tensor]:
+    query, key, *_ = heads(2, 4, 2, 40, 16, layers)
+    slopes, values = (
+        torch.stack([random(2, n, 40, 16, seed=50 + n + i) for i in range(layers)], dim=3) for n in (4, 2)
+    )
+    output, lse = reference.attend(query, key, values[:, :, :, 0])
+    total = reference.take_slope(slopes[:, :, :, 0], output, None, torch.empty_like(output))
+    return [query, key, lse, total, slopes, values]
 
 
 @pytest.mark.parametrize("scratch", [0, 1, 40_000, 1 << 20])
 def test_little_memory_for_score_gradients_takes_more_launches(scratch: int, poisoned_memory: None) -> None:
-    arguments = source_arguments(2)
-    true = reference.source_gradient(*wide(arguments))
-    found = kernels.source_gradient(*arguments, blocks=(SMALL, SMALL), scratch=scratch)
+    arguments = score_arguments(3)
+    true = reference.score_gradients(*(t.double() for t in arguments))
+    found = kernels.score_gradients(*arguments, choice=SMALL, scratch=scratch)
     for one, other in zip(found, true, strict=True):
         assert error(one, other) < 1e-6
 
 
-def test_layers_of_unlike_layout_are_copied() -> None:
-    arguments = source_arguments(3)
-    arguments[6][1] = arguments[6][1].contiguous()
-    arguments[7][2] = torch.cat([arguments[7][2]] * 2, dim=3)[..., :16]
-    arguments[7][0] = torch.cat([arguments[7][0].flatten(), torch.zeros(1, device=DEVICE)])[1:].view_as(
-        arguments[7][0].contiguous()
-    )
-    true = reference.source_gradient(*wide(arguments))
-    for one, other in zip(kernels.source_gradient(*arguments, blocks=(SQUARE, SQUARE)), true, strict=True):
-        assert error(one, other) < 1e-6
+def test_layers_that_gave_nothing_are_left_out(
+    monkeypatch: pytest.MonkeyPatch, poisoned_memory: None
+) -> None:
+    """A layer whose output nobody uses has no backward pass, and its place in memory is never written."""
+    given = heads(1, 2, 1, 40, 16, 2)
+    for at in (reference, kernels):
+        monkeypatch.setattr(op, "_at", lambda query, at=at: at)
+        monkeypatch.setattr(kernels.configs, "choice", lambda dtype, width: SMALL)
+
+        found = outcome(lambda *leaves: [*deferred(*leaves)[:2], leaves[4]], given)
+        true = outcome(lambda *leaves: [*naive(*leaves)[:2], leaves[4]], [t.double() for t in given])
+        for one, other in zip(found, true, strict=True):
+            assert error(one, other) < 1e-5
 
 
 def test_a_layer_that_does_not_follow_gives_the_source_nothing() -> None:
@@ -149,55 +153,63 @@ def test_sizes_without_kernels_are_named() -> None:
     assert refusal(torch.bfloat16, 64) is None
     assert "not torch.float64" in str(refusal(torch.float64, 64))
     assert "not 96: set model.sharing.deferred to false" in str(refusal(torch.bfloat16, 96))
-    with pytest.raises(ValueError, match="must have tiles of one size"):
-        kernels.source_gradient(*source_arguments(1), blocks=(SMALL, SQUARE))
+    with pytest.raises(ValueError, match="must have square tiles of one size"):
+        Choice(values=SQUARE, scores=SQUARE, products=SMALL.values)
+    with pytest.raises(ValueError, match="must divide its keys"):
+        Choice(values=Blocks(queries=32, keys=16, warps=4, stages=1), scores=SQUARE, products=SQUARE)
 
 
 COMPILED = """
-import re
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
-from flashtrain.kernels.shared_attention import backward, forward
+from flashtrain.kernels.shared_attention import backward
 from flashtrain.kernels.shared_attention.config import choice
+import re
 import torch
 
-FP32, NUMBERS = {"lse", "sums", "total"}, {"sequence", "heads", "group", "kv_heads", "count", "members",
-                                           "first_pair", "first_member"}
-TENSORS = {"q", "k", "v", "o", "slope", "slopes", "values", "scores_out", "scores", "dk", "dv", "dq"}
+FLOATS, POINTERS = {"scale", "root", "sigma"}, {"dv": "*bf16", "dq": "*bf16", "dk": "*bf16",
+                                                "tiles_out": "*bf16", "order": "*i32"}
 
-def ptx(kernel, blocks, **given):
-    given |= {"D": 64, "BM": blocks.queries, "BN": blocks.keys, "PRECISION": "tf32", "STAGES": blocks.stages}
+def facts(kernel, width, blocks, **given):
+    given |= {"D": width, "PRECISION": "tf32", "STAGES": blocks.stages}
+    rows, keys = blocks.queries, blocks.keys
+    boxes = {"q_desc": (rows, width), "s_desc": (rows, width), "k_desc": (keys, width),
+             "slopes_desc": (rows, 64), "values_desc": (keys, 64)}
+    kinds = {name: f"tensordesc<bf16[1,1,{box[0]},{box[1]}]>" for name, box in boxes.items()}
+    kinds |= {"tiles_desc": f"tensordesc<bf16[{keys},{rows}]>"} | dict.fromkeys(FLOATS, "fp32") | POINTERS
+    kinds |= dict.fromkeys(("lse_desc", "sums_desc"), f"tensordesc<fp32[1,{rows}]>")
     names = [p.name for p in kernel.params]
-    kinds = {n: "constexpr" if n in given else "*i64" if n == "places" else "*fp32" if n in FP32 else
-             "*bf16" if n in TENSORS else "fp32" if n in ("scale", "sigma") else "i32" for n in names}
-    even = {(names.index(n),): [["tt.divisibility", 16]] for n in names
-            if n not in NUMBERS and kinds[n] != "fp32" and n not in given}
-    source = ASTSource(kernel, kinds, {(names.index(n),): v for n, v in given.items()}, even)
-    return compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": blocks.warps}).asm["ptx"]
+    signature = {n: "constexpr" if n in given else kinds.get(n, "i32") for n in names}
+    even = {(names.index(n),): [["tt.divisibility", 16]] for n in names if n in POINTERS or n[1:] == "_time"}
+    source = ASTSource(kernel, signature, {(names.index(n),): v for n, v in given.items()}, even)
+    options = {"num_warps": blocks.warps} | {k: v for k, v in blocks.launch.items() if k == "maxnreg"}
+    asm = compile(source, target=GPUTarget("cuda", 90, 32), options=options).asm
+    return "wgmma" in asm["ptx"], "cp.async.bulk.tensor" in asm["ptx"], "mma.sync" in asm["ptx"]
 
-chosen = choice(torch.bfloat16, 64)
-found = {
-    "forward": ptx(forward.shared_attention_kernel, chosen.forward, GIVEN=False),
-    "values": ptx(backward.value_gradient_kernel, chosen.values, EVEN=True),
-    "source": ptx(backward.key_gradient_kernel, chosen.source, ADD=False, EVEN=True),
-    "query": ptx(backward.query_gradient_kernel, chosen.query),
-}
-for name, text in found.items():
-    ahead = re.search(r"cp\\.async\\.c[ag][^\\n]*0x10", text) is not None
-    print(name, "wgmma" in text, ahead, re.search(r"ld\\.global\\.b16", text) is None)
+for width in (64, 128):
+    chosen = choice(torch.bfloat16, width)
+    tile = chosen.scores.keys
+    found = {
+        "values": facts(backward.value_gradient_kernel, width, chosen.values, BM=chosen.values.queries,
+                            BN=chosen.values.keys),
+        "scores": facts(backward.score_gradient_kernel, width, chosen.scores, TILE=tile, BK=chosen.depth),
+        "queries": facts(backward.query_gradient_kernel, width, chosen.products, TILE=tile),
+        "keys": facts(backward.key_gradient_kernel, width, chosen.products, TILE=tile, ADD=False),
+    }
+    for name, seen in found.items():
+        print(name, *seen)
 """
 
 
-def test_compiled_for_hopper_tiles_are_loaded_ahead_for_its_tensor_cores() -> None:
-    """Needs no GPU. A place that is read from the table must not cost the loads their width."""
+def test_compiled_for_hopper_tiles_come_through_tma_to_its_tensor_cores() -> None:
+    """Needs no GPU."""
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     ran = subprocess.run(
         [sys.executable, "-c", COMPILED], env=environment, capture_output=True, text=True, check=False
     )
     assert ran.returncode == 0, ran.stderr
-    assert ran.stdout.splitlines() == [
-        f"{name} True True True" for name in ("forward", "values", "source", "query")
-    ]
+    names = ("values", "scores", "queries", "keys")
+    assert ran.stdout.splitlines() == [f"{name} True True False" for name in names * 2]
 
 
 def test_another_forward_has_the_same_gradients() -> None:

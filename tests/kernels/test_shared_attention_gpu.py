@@ -96,31 +96,28 @@ def test_long_sequences_and_many_layers(width: int) -> None:
 def test_little_memory_for_score_gradients_gives_the_same_bits() -> None:
     from flashtrain.kernels.shared_attention import triton
 
-    query, key, value, *others = heads(2, 8, 2, 600, 64, 2, torch.bfloat16)
-    values, slopes = others[:2], others[2:]
-    output, lse = triton.attend(query, key, value)
-    total = triton.add_row_sums(slopes[0], output, None)
-    given = (query, key, lse, total, slopes[0], value, slopes[1:], values)
-    whole = triton.source_gradient(*given)
-    true = reference.source_gradient(
-        *(t.double() for t in given[:6]), [t.double() for t in slopes[1:]], [t.double() for t in values]
-    )
+    query, key = random(2, 8, 600, 64, dtype=torch.bfloat16), random(2, 2, 600, 64, dtype=torch.bfloat16)
+    slopes, values = (torch.randn(2, n, 600, 3, 64, device="cuda").bfloat16() for n in (8, 2))
+    output, lse = triton.attend(query, key, values[:, :, :, 0])
+    total = triton.take_slope(slopes[:, :, :, 0], output, None, torch.empty_like(output))
+    given = (query, key, lse, total, slopes, values)
+    whole = triton.score_gradients(*given)
+    true = reference.score_gradients(*(t.double() for t in given))
     for scratch in (0, 4 << 20):
-        for one, other, exact in zip(
-            triton.source_gradient(*given, scratch=scratch), whole, true, strict=True
-        ):
+        found = triton.score_gradients(*given, scratch=scratch)
+        for one, other, exact in zip(found, whole, true, strict=True):
             assert error(one, exact) < 8e-3
             assert error(one, other.double()) < 3e-3
-    assert torch.equal(triton.source_gradient(*given, scratch=4 << 20)[0], whole[0])
+    assert torch.equal(triton.score_gradients(*given, scratch=4 << 20)[0], whole[0])
 
 
 def test_more_layers_compile_nothing_new() -> None:
-    from flashtrain.kernels.shared_attention.backward import key_gradient_kernel
+    from flashtrain.kernels.shared_attention.backward import score_gradient_kernel
 
     sizes = []
     for layers in (2, 3, 16, 1):
         outcome(deferred, heads(1, 4, 2, 256, 64, layers, torch.bfloat16))
-        caches = key_gradient_kernel.device_caches
+        caches = score_gradient_kernel.device_caches
         sizes.append(sum(len(cache[0]) for cache in caches.values()))
     assert len(set(sizes)) == 1, sizes
 
