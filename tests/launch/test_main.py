@@ -135,11 +135,15 @@ def test_help_imports_nothing_heavy() -> None:
     assert shown.stdout == "[]\n"
 
 
-def test_garbage_is_collected_again_behind_imports() -> None:
+def test_garbage_is_collected_again_behind_imports_but_not_looked_for_in_them() -> None:
     for switch in (gc.disable, gc.enable):
         switch()
-        before = gc.isenabled()
+        before, frozen = gc.isenabled(), gc.get_freeze_count()
         with contextlib.suppress(ImportError), garbage.none_in_imports():
             assert not gc.isenabled()
+            imported = [object() for _ in range(2)], []
             raise ImportError
         assert gc.isenabled() == before
+        assert gc.get_freeze_count() > frozen
+        assert not any(one is imported for one in gc.get_objects())
+        gc.unfreeze()
