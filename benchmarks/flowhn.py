@@ -68,9 +68,9 @@ def paper(hidden: int, width: int, blocks: int) -> Decoder.Config:
 
 
 SIZES = {
-    "135M": Size(paper(768, 2048, 2), 32, 2, 6, (1.302, 1.268)),
-    "350M": Size(paper(1024, 4096, 6), 16, 4, 3, (1.675, 1.640)),
-    "1B": Size(paper(2048, 8192, 6), 8, 8, 2, (1.833, 1.757)),
+    "135M": Size(paper(768, 2048, 2), 64, 1, 6, (1.302, 1.268)),
+    "350M": Size(paper(1024, 4096, 6), 64, 1, 3, (1.675, 1.640)),
+    "1B": Size(paper(2048, 8192, 6), 32, 2, 2, (1.833, 1.757)),
 }
 TOY = Size(replace(paper(128, 128, 3), vocabulary=256, heads=4, kv_heads=2), 2, 2, 1)
 SMALL = Decoder.Config(hidden=512, layers=6, heads=8, kv_heads=2, mlp_width=1408)
