@@ -4,7 +4,7 @@ Naively each of R + 1 layers has five products in its backward pass. But with P 
 
     Σ_c dS_c = P · (Σ_c dO_c V_cᵀ - Σ_c rowsum(dO_c · O_c)),
 
-so that the layers that share need two (P and dV_c) and the source R + 5 for all: 3R + 5 for 5R + 5. This is
+so that each layer needs two (P and dV_c), and queries and keys R + 4 for all: 3R + 6 for 5R + 5. This is
 exact, since queries and keys depend on the source's input alone, whose backward comes after that of every
 layer behind it: autograd runs ``_Source.backward`` last, as its output feeds all later values.
 """
