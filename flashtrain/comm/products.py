@@ -31,7 +31,7 @@ _SUBCHUNKS, _FEWEST_ROWS = (1, 2, 4), 128
 # is twice as long as its transfers (700 TFLOP/s, 390 GB/s), which copy engines then hide for nothing.
 _CARRIERS, _MOST_OPERATIONS = (12, 33), 4000
 # Into how many sub-chunks they cut partials, and into how many column ranges what is gathered.
-_CARRIED_SUBCHUNKS, _COLUMN_RANGES = (2, 4, 8), 4
+_CARRIED_SUBCHUNKS, _COLUMN_RANGES = (2, 4, 8), (4, 8)
 
 
 class Gather(Protocol):
@@ -156,10 +156,10 @@ def _carried(
         # Those of a scatter share out the peers, evenly.
         carriers = fewest if gathers else -(-fewest // (world - 1)) * (world - 1)
         name = f"fused carried by {carriers} {config} in"
-        if gathers and tiles <= sms - carriers:
+        for ranges in _COLUMN_RANGES if gathers and tiles <= sms - carriers else ():
             plan = plan_of(op, counts, group, 1, in_turn=True)
-            found[f"{name} columns"] = partial(
-                fused.FusedGather, mover, plan, x, w, config, carriers=carriers, parts=_COLUMN_RANGES
+            found[f"{name} {ranges} columns"] = partial(
+                fused.FusedGather, mover, plan, x, w, config, carriers=carriers, parts=ranges
             )
         for subchunks in () if gathers else _CARRIED_SUBCHUNKS:
             if max(counts) >= subchunks * _FEWEST_ROWS:

@@ -147,7 +147,14 @@ def test_the_rest_after_a_burst_is_as_long_as_the_device_was_busy(monkeypatch: p
 @pytest.mark.parametrize(
     ("op", "rows", "inner", "columns", "world", "expected"),
     [
-        ("all_gather", 2048, 4096, 1536, 4, ["by 12 in columns", "by 33 in columns"]),  # tiles at once
+        (  # tiles at once
+            "all_gather",
+            2048,
+            4096,
+            1536,
+            4,
+            [f"by {n} in {ranges} columns" for n in (12, 33) for ranges in (4, 8)],
+        ),
         ("all_gather", 16384, 4096, 1536, 4, []),
         ("all_gather", 2048, 4096, 7168, 4, []),  # a product that is longer than its transfers
         (
