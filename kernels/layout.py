@@ -3,6 +3,8 @@
 import torch
 from torch import Tensor
 
+_WORD = torch.int64  # a thread of torch's copying kernels moves one element at a time, however narrow
+
 
 def dense_like(x: Tensor) -> Tensor:
     """Uninitialised, dense, and with the order of x's first two dimensions ``[B, S, ...]`` in memory.
@@ -29,3 +31,13 @@ def empty_heads(packed: Tensor, heads: int, width: int) -> Tensor:
 def heads_like(x: Tensor, heads: int) -> Tensor:
     """Uninitialised ``[B, heads, S, D]`` for ``x [B, n, S, D]``; the sequence is first in memory."""
     return empty_heads(x.permute(2, 0, 1, 3), heads, x.shape[3])
+
+
+def in_words(x: Tensor) -> Tensor:
+    """``x`` with the same bytes in wide elements, where they lie so and torch's own kernel copies them."""
+    if torch.compiler.is_compiling():
+        return x
+    group = _WORD.itemsize // x.itemsize
+    places = x.shape[-1], x.storage_offset(), *x.stride()[:-1]
+    fits = x.stride(-1) == 1 and not any(place % group for place in places)
+    return x.view(_WORD) if fits else x

@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-_WORD = torch.int64  # a thread of torch's copying kernels moves one element at a time, however narrow
+from flashtrain.kernels.layout import in_words
 
 
 def copied(x: Tensor, wanted: tuple[int, ...]) -> Tensor:
@@ -40,7 +40,7 @@ class _Copies(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, wanted: tuple[int, ...]) -> Tensor:
         ctx.wanted, ctx.count = wanted, x.shape[1]
-        words = _words(x).permute(2, 0, 1, 3)
+        words = in_words(x).permute(2, 0, 1, 3)
         sequence, batch, count, width = words.shape
         times = len(wanted) // count
         if wanted == _in_turn(count, times):
@@ -66,13 +66,3 @@ def _in_turn(count: int, times: int) -> tuple[int, ...]:
 def _each(count: int, times: int) -> tuple[int, ...]:
     """Each head ``times`` times, then the next."""
     return tuple(p // times for p in range(count * times))
-
-
-def _words(x: Tensor) -> Tensor:
-    """The same bytes in wide elements, where they lie so and torch's own kernel copies them."""
-    if torch.compiler.is_compiling():
-        return x
-    group = _WORD.itemsize // x.itemsize
-    places = x.shape[3], x.storage_offset(), *x.stride()[:3]
-    fits = x.stride(3) == 1 and not any(place % group for place in places)
-    return x.view(_WORD) if fits else x

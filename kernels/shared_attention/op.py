@@ -17,6 +17,7 @@ from torch import Tensor
 from torch.autograd import Function
 
 from flashtrain.errors import UserError
+from flashtrain.kernels.layout import in_words
 from flashtrain.kernels.shared_attention import reference
 from flashtrain.kernels.shared_attention.config import refusal
 
@@ -80,7 +81,10 @@ class _Given:
 
     def add(self, slope: Tensor, output: Tensor, value: Tensor) -> None:
         """One more layer."""
-        self._values[:, :, :, self._count] = value
+        kept = self._values[:, :, :, self._count]
+        wide = in_words(kept), in_words(value)
+        kept, given = wide if wide[0].dtype == wide[1].dtype else (kept, value)
+        kept.copy_(given)
         self.total = _at(slope).take_slope(slope, output, self.total, self._slopes[:, :, :, self._count])
         self._count += 1
 
