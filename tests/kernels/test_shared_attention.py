@@ -133,6 +133,21 @@ def test_layers_that_gave_nothing_are_left_out(
             assert error(one, other) < 1e-5
 
 
+def test_values_may_lie_in_memory_as_they_like() -> None:
+    query, key, value, *others = heads(1, 2, 1, 9, 8, 3)
+    others[0] = torch.cat([torch.zeros(1, device=DEVICE), others[0].flatten()])[1:].view(others[0].shape)
+    others[1] = torch.stack([others[1]] * 2, dim=-1)[..., 0]
+
+    def joined(query: Tensor, key: Tensor, value: Tensor, *values: Tensor) -> list[Tensor]:
+        region = op.Pass()
+        return [region.open(query, key, value), *(region.join(own) for own in values)]
+
+    given = [query, key, value, *others]
+    true = outcome(joined, [t.double() for t in given])
+    for one, other in zip(outcome(joined, given), true, strict=True):
+        assert error(one, other) < 1e-6
+
+
 def test_a_layer_that_does_not_follow_gives_the_source_nothing() -> None:
     given = [t.double() for t in heads(1, 2, 1, 9, 8, 1)]
 
