@@ -90,7 +90,8 @@ def parallelize(
     Every rank must hold the same parameters. ``plan`` maps module names to styles (default: a decoder
     with the names of ``decoder_plan``); ``model(tokens [S, B], ...)`` takes its tokens first. ``units``
     are the blocks that data parallelism gathers one at a time, inner ones first (default: ``model.layers``,
-    without projections that a layer may do without, which are units of their own), ``sharding`` how.
+    without projections that a layer may do without, which are units of their own, as are ``model.embedding``
+    and ``model.head`` unless they share their weight), ``sharding`` how.
     ``by_branches``: the default plan is ``branch_plan``, for two ranks in ``tensor``. A dimension of degree 1
     changes nothing. Raises UserError for a plan that does not fit the model.
     """
@@ -113,14 +114,23 @@ def parallelize(
 
         model.register_forward_pre_hook(note_rows)
     if DATA in names and mesh[DATA].size() > 1:
-        found = _units(model) if units is None else units
-        data.shard(model, found, mesh[DATA], sharding, branches.absent(model))
+        ends = [] if units is not None or _shared_parameters(model) else _ends(model)
+        found = [*ends[:1], *(_units(model) if units is None else units), *ends[1:]]
+        data.shard(model, found, mesh[DATA], sharding, branches.absent(model), kept=ends)
     return model
 
 
 def _units(model: nn.Module) -> list[nn.Module]:
     apart = [model.get_submodule(name) for pattern in _APART for name in _named(model, pattern)]
     return [*apart, *model.get_submodule("layers").children()]
+
+
+def _ends(model: nn.Module) -> list[nn.Module]:
+    """Embedding and head: apart, so that a step waits for the one at its start and at its end, not for both.
+
+    What they gather stays until the backward pass: the head's is next, and the embedding's needs none of it.
+    """
+    return [module for name in ("embedding", "head") for module in [getattr(model, name, None)] if module]
 
 
 def _shared_parameters(model: nn.Module) -> list[list[str]]:

@@ -76,15 +76,18 @@ def shard(
     mesh: DeviceMesh,
     sharding: Sharding | None = None,
     absent: Collection[nn.Parameter] = (),
+    kept: Collection[nn.Module] = (),
 ) -> nn.Module:
     """Apply FSDP2 to ``units`` (blocks, each gathered as one) and to what is left of ``model``.
 
     ``mesh`` is one-dimensional, the data-parallel ranks. Gradients are means over them. The collectives
     run in the order of the modules on every rank. ``absent``: parameters that none of these ranks holds.
+    ``kept``: units whose parameters stay gathered from the forward to the backward pass in any case.
     """
     sharding, ignored = sharding or Sharding(), set(absent)
     for unit in units:
-        fully_shard(unit, mesh=mesh, reshard_after_forward=sharding.reshard, ignored_params=ignored)
+        reshard = sharding.reshard and unit not in kept
+        fully_shard(unit, mesh=mesh, reshard_after_forward=reshard, ignored_params=ignored)
     fully_shard(model, mesh=mesh, ignored_params=ignored)
     names = {id(module): name or "model" for name, module in model.named_modules()}
     for unit in (*units, model):

@@ -8,7 +8,8 @@ import torch.distributed as dist
 from torch import nn
 
 from flashtrain.comm import collectives, transport
-from flashtrain.parallel import data, mesh
+from flashtrain.models.decoder import Decoder
+from flashtrain.parallel import apply, data, mesh
 from flashtrain.parallel.mesh import DATA
 from tests.distributed import run_distributed
 
@@ -117,6 +118,36 @@ def test_fsdp_gathers_and_reduces_through_the_schedules(dtype: torch.dtype) -> N
         assert gathered == ["model (data)", *blocks, *reversed(blocks)]
         assert sorted(reduced) == [*blocks, "model (data)"]
         assert sent > 0
+
+
+def _of_decoder(rank: int, world: int, tied: bool) -> list[tuple[str, str]]:
+    transport.configure(transport.Settings(transport="host"))
+    called: list[tuple[str, str]] = []
+    config = Decoder.Config(hidden=16, layers=2, heads=2, kv_heads=2, mlp_width=64, tied_embeddings=tied)
+    ranks = mesh.build(mesh.Degrees(data=world), "cpu")
+    model = apply.parallelize(Decoder(config), ranks)
+    mover = transport.of(ranks[DATA].get_group().group_name, torch.device("cpu"))
+    real = mover.open
+
+    def open(schedule: Any, site: str) -> Any:
+        called.append((schedule.op, site.removesuffix(" (data)")))
+        return real(schedule, site)
+
+    mover.open = open
+    model(*torch.randint(config.vocabulary, (2, 8, 1))).backward()
+    return called
+
+
+@pytest.mark.parametrize("tied", [False, True])
+def test_a_step_waits_for_one_end_of_the_model_at_a_time(tied: bool) -> None:
+    """Embedding and head are gathered once, the head behind the last block; a table that is both, at once."""
+    ends = [] if tied else ["embedding", "head"]
+    forward = ["model", *ends[:1], "layers.0", "layers.1", *ends[1:]]
+    for called in run_distributed(_of_decoder, 2, tied):
+        assert [site for op, site in called if op == "all_gather"] == [*forward, "layers.1", "layers.0"]
+        reduced = [site for op, site in called if op == "reduce_scatter"]
+        assert sorted(reduced) == sorted(forward)
+        assert reduced[:1] == (["layers.1"] if tied else ["head"])
 
 
 def _matches_reference(rank: int, world: int) -> bool:
