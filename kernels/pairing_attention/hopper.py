@@ -14,13 +14,9 @@ Of a buffer, ``full`` is a barrier where those who fill it arrive, ``empty`` whe
 use of a buffer is phase n of both: who reads waits for ``full`` of n, who fills for ``empty`` of n - 1.
 """
 
-from typing import Any
-
-import triton
 from triton._C.libtriton import ir
 from triton.experimental import gluon
 from triton.experimental.gluon import language as gl
-from triton.experimental.gluon.language import nvidia
 from triton.experimental.gluon.language._core import builtin
 from triton.experimental.gluon.language.nvidia.hopper import (
     fence_async_shared,
@@ -29,11 +25,22 @@ from triton.experimental.gluon.language.nvidia.hopper import (
     warpgroup_mma,
     warpgroup_mma_wait,
 )
+from triton.experimental.gluon.nvidia.hopper import TensorDescriptor
+from triton.tools.tensor_descriptor import TensorDescriptor as PlainDescriptor
 
-KEYS = gl.constexpr(128)  # of a block
-HALF = gl.constexpr(64)  # what a consumer owns of them, and of dQ's part
+from flashtrain.kernels.pairing_attention import config
+
+HALF = gl.constexpr(config.HALF)  # what a consumer owns of the keys, and of dQ's part
+KEYS = gl.constexpr(2 * config.HALF)  # of a block
 STAGES = gl.constexpr(2)
 LOG2E = gl.constexpr(1.4426950408889634)
+
+
+def with_layout(plain: PlainDescriptor) -> TensorDescriptor:
+    """What ``plain`` describes, with the layout that the kernel wants in shared memory: lines of 128 bytes."""
+    swizzle = 128 if len(plain.shape) > 1 else 0
+    layout = gl.NVMMASharedLayout(swizzle, 8 * plain.base.element_size(), len(plain.shape))
+    return TensorDescriptor(plain.base, plain.shape, plain.strides, plain.block_shape, layout)
 
 
 @builtin
@@ -250,13 +257,17 @@ def consume(  # type: ignore[no-untyped-def]
     token = start + gl.arange(0, HALF, gl.SliceLayout(1, wide))
     across = gl.arange(0, D, gl.SliceLayout(0, wide))
     target += token.to(gl.int64)[:, None] * out_time + across[None, :]
-    inside = (token < keys)[:, None] & (across < width)[None, :]
+    # Widths are eights, which lets two values be stored at once.
+    inside = (token < keys)[:, None] & (across < width // 8 * 8)[None, :]
     # ``scale`` has log2(e) in it, for the scores.
     gl.store(d_key + target, (d_keys * (scale / LOG2E)).to(d_key.dtype.element_ty), mask=inside)
     gl.store(d_value + target, d_values.to(d_value.dtype.element_ty), mask=inside)
 
 
-@gluon.jit
+# A number that is 1 is no constant: kernels for it would have to be compiled and tested beside the others.
+@gluon.jit(
+    do_not_specialize=["pairs", "queries", "heads", "splits", "blocks", "sequence", "keys", "width"]
+)
 def attention_gradient_hopper(  # type: ignore[no-untyped-def]
     q_desc,
     k_desc,
