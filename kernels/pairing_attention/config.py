@@ -40,8 +40,8 @@ class Config:
 # once; three stages, since Triton asks for what comes next at the end of a step.
 _NARROW = Config(Tiles(128, 64, 8, 3), Tiles(128, 128, 8, 3))
 _WIDE = Config(Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 3))
-# By partitions of warps: 4 warps a partition that multiplies, of which each owns ``HALF`` of 128 keys, with 240
-# registers a thread (ptxas: 24 spilled at D 64, none at 128) and 195 KB.
+# By partitions of warps: each of two that multiply owns ``HALF`` of 128 keys, with 4 warps of 240 registers a
+# thread (ptxas: up to 19 spilled at D 64, 1 at 128) and 195 KB.
 HALF = 64
 _NARROW_HOPPER = replace(_NARROW, backward=Tiles(2 * HALF, 128, 4, 2), partitioned=True)
 _WIDE_HOPPER = replace(_WIDE, backward=Tiles(2 * HALF, 64, 4, 2), partitioned=True)
@@ -53,7 +53,7 @@ def config_of(dtype: torch.dtype, width: int) -> Config:
     """The choice for heads of ``width`` values."""
     if dtype == torch.float32:
         return _SINGLE
-    if 32 < width and _hopper():
+    if width > 32 and _hopper():
         return _NARROW_HOPPER if width <= 64 else _WIDE_HOPPER
     return _NARROW if width <= 64 else _WIDE
 

@@ -1,17 +1,19 @@
 """The backward kernel of five products for Hopper, in warps that each do one thing (Gluon).
 
-What it computes, for which blocks and in which order of additions is ``backward.attention_gradient_kernel``'s,
-whose neighbours prepare its sums and round dQ. Here a block has four partitions that meet at barriers in shared
-memory alone, as in FlashAttention-3 (arXiv 2407.08608), so that one's exponentials run under another's products:
+What it computes, for which blocks and in which order of additions is ``attention_gradient_kernel``'s, whose
+neighbours in ``backward.py`` prepare its sums and round dQ. Here a block has four partitions that meet at
+barriers in shared memory alone, so that exponentials of one run under products of another, as in
+FlashAttention-3 (arXiv 2407.08608):
 
-- two ``consume``: each owns half of the keys, so its scores, weights, dK and dV stay in its registers. Its half of
-  dS goes to shared memory, where both read all of it: each makes half of dQ's part, one step later, so that
+- two ``consume``: each owns half of the keys, so its scores, weights, dK and dV stay in its registers. Its half
+  of dS goes to shared memory, where both read all of it: each makes half of dQ's part, one step later, so that
   neither waits for the other's exponentials.
 - ``produce``, a warp that loads keys and values once, then tiles of queries and of dO ahead through TMA.
 - ``add``, a warp that adds each part to dQ in global memory, when its turn has come (``turns.py``).
 
 Of a buffer, ``full`` is a barrier where those who fill it arrive, ``empty`` where those who read it do. The nth
-use of a buffer is phase n of both: who reads waits for ``full`` of n, who fills for ``empty`` of n - 1.
+use of a buffer is phase n of both: who reads waits for ``full`` of n, who fills for ``empty`` of n - 1. What
+was written by threads and is read by TMA or by products is fenced by the writer, before it arrives.
 """
 
 from triton._C.libtriton import ir
@@ -37,7 +39,7 @@ LOG2E = gl.constexpr(1.4426950408889634)
 
 
 def with_layout(plain: PlainDescriptor) -> TensorDescriptor:
-    """What ``plain`` describes, with the layout that the kernel wants in shared memory: lines of 128 bytes."""
+    """``plain`` with the layout that the kernel wants in shared memory: swizzled lines of 128 bytes."""
     swizzle = 128 if len(plain.shape) > 1 else 0
     layout = gl.NVMMASharedLayout(swizzle, 8 * plain.base.element_size(), len(plain.shape))
     return TensorDescriptor(plain.base, plain.shape, plain.strides, plain.block_shape, layout)
@@ -47,7 +49,9 @@ def with_layout(plain: PlainDescriptor) -> TensorDescriptor:
 def add_shared(desc, place, source, _semantic=None):  # type: ignore[no-untyped-def]
     """Begin to add ``source`` in shared memory to the tile at ``place`` of ``desc``, through TMA."""
     place = _semantic._convert_to_ir_values(place, require_i64=False)
-    _semantic.builder.create_async_tma_reduce(ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, place, source.handle)
+    _semantic.builder.create_async_tma_reduce(
+        ir.DESCRIPTOR_REDUCE_KIND.ADD, desc.handle, place, source.handle
+    )
 
 
 @gluon.jit
@@ -265,9 +269,7 @@ def consume(  # type: ignore[no-untyped-def]
 
 
 # A number that is 1 is no constant: kernels for it would have to be compiled and tested beside the others.
-@gluon.jit(
-    do_not_specialize=["pairs", "queries", "heads", "splits", "blocks", "sequence", "keys", "width"]
-)
+@gluon.jit(do_not_specialize=["pairs", "queries", "heads", "splits", "blocks", "sequence", "keys", "width"])
 def attention_gradient_hopper(  # type: ignore[no-untyped-def]
     q_desc,
     k_desc,
@@ -319,9 +321,7 @@ def attention_gradient_hopper(  # type: ignore[no-untyped-def]
     count = first + met * (split + 1) // splits - at
     visits += heads + 1 + at
     steps = (tiles - low) * count
-    target = (
-        split.to(gl.int64) * out_split + batch.to(gl.int64) * out_batch + head.to(gl.int64) * out_head
-    )
+    target = split.to(gl.int64) * out_split + batch.to(gl.int64) * out_batch + head.to(gl.int64) * out_head
 
     tile: gl.constexpr = q_desc.layout
     element: gl.constexpr = q_desc.dtype
