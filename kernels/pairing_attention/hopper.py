@@ -5,15 +5,15 @@ neighbours in ``backward.py`` prepare its sums and round dQ. Here a block has fo
 barriers in shared memory alone, so that exponentials of one run under products of another, as in
 FlashAttention-3 (arXiv 2407.08608):
 
-- two ``consume``: each owns half of the keys, so its scores, weights, dK and dV stay in its registers. Its half
-  of dS goes to shared memory, where both read all of it: each makes half of dQ's part, one step later, so that
-  neither waits for the other's exponentials.
+- two ``consume``: each owns half of the keys, so its scores, weights, dK and dV stay in its registers. Its
+  half of dS goes to shared memory, where both read all of it: each makes half of dQ's part, one step later,
+  so that neither waits for the other's exponentials.
 - ``produce``, a warp that loads keys and values once, then tiles of queries and of dO ahead through TMA.
 - ``add``, a warp that adds each part to dQ in global memory, when its turn has come (``turns.py``).
 
-Of a buffer, ``full`` is a barrier where those who fill it arrive, ``empty`` where those who read it do. The nth
-use of a buffer is phase n of both: who reads waits for ``full`` of n, who fills for ``empty`` of n - 1. What
-was written by threads and is read by TMA or by products is fenced by the writer, before it arrives.
+Of a buffer, ``full`` is a barrier where those who fill it arrive, ``empty`` where those who read it do. The
+nth use of a buffer is phase n of both: who reads waits for ``full`` of n, who fills for ``empty`` of n - 1.
+What was written by threads and is read by TMA or by products is fenced by the writer, before it arrives.
 """
 
 from triton._C.libtriton import ir
