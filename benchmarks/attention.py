@@ -8,9 +8,10 @@ in any order and in a fixed one. Ways take turns in every round; medians over ro
 ahead of the host. FLOPs are those of the causal half: 2 S² d a head forward, 2.5 times as many backward.
 ``bits`` says whether the gradients of ten passes were the same.
 
-passes: our forward and backward pass alone, each in several configurations, beside cuDNN's; and the backward
-pass without waiting for turns, which is wrong in its order alone, so that the difference is what the order
-costs. ``error`` is that of the worst gradient against fp64 at 1000 tokens; ``bits`` as above. ``kernels`` are
+passes: our forward and backward pass alone beside cuDNN's: ``ours`` in the configuration in use, on Hopper by
+partitions of warps, ``portable`` the other backward kernel with several tiles; and the backward pass without
+waiting for turns, which is wrong in its order alone, so that the difference is what the order costs.
+``error`` is that of the worst gradient against fp64 at 1000 tokens; ``bits`` as above. ``kernels`` are
 milliseconds of each kernel of the configuration in use. --before: a folder with an older
 ``kernels/pairing_attention``, measured in turn. Writes ``attention.json``.
 """
@@ -192,9 +193,11 @@ def passes(shape: tuple[Any, ...], rounds: int, before: Any) -> dict[str, Any]:
     backward: dict[str, Callable[[], Any]] = {}
     facts: dict[str, Any] = {"error": {}, "bits": {}}
     saved = kernels.forward(*given, *maps, True)
+    used = config_of(torch.bfloat16, width)
+    configs = {"ours": used}
     for numbers in TILES[width]:
-        config = replace(config_of(torch.bfloat16, width), backward=Tiles(*numbers))
-        label = f"ours {numbers}"
+        configs[f"portable {numbers}"] = replace(used, backward=Tiles(*numbers), partitioned=False)
+    for label, config in configs.items():
         call = partial(kernels.backward, upstream, None, *saved, *given, *maps, True, config)
         try:
             found = kernels.backward(slope, None, out, sums, *small, *maps, True, config)

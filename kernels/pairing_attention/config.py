@@ -1,6 +1,6 @@
 """Tile sizes of the pairing-attention kernels, and what the kernels refuse."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 
@@ -24,10 +24,14 @@ class Tiles:
 
 @dataclass(frozen=True)
 class Config:
-    """Tiles of the forward kernel, whose blocks own queries, and of the backward one, whose own keys."""
+    """Tiles of the forward kernel, whose blocks own queries, and of the backward one, whose own keys.
+
+    ``partitioned``: gradients by ``hopper.py``, which has Hopper's tiles alone and no fp32.
+    """
 
     forward: Tiles
     backward: Tiles
+    partitioned: bool = False
 
 
 # By registers (ptxas for sm_90): at 8 warps a tile [128, 64] of scores takes 32 of a thread's 255, an
@@ -36,6 +40,11 @@ class Config:
 # once; three stages, since Triton asks for what comes next at the end of a step.
 _NARROW = Config(Tiles(128, 64, 8, 3), Tiles(128, 128, 8, 3))
 _WIDE = Config(Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 3))
+# By partitions of warps: each of two that multiply owns ``HALF`` of 128 keys, with 4 warps of 240 registers a
+# thread (ptxas: up to 19 spilled at D 64, 1 at 128) and 195 KB.
+HALF = 64
+_NARROW_HOPPER = replace(_NARROW, backward=Tiles(2 * HALF, 128, 4, 2), partitioned=True)
+_WIDE_HOPPER = replace(_WIDE, backward=Tiles(2 * HALF, 64, 4, 2), partitioned=True)
 # fp32 is for comparing runs: products are IEEE fp32 on the plain units, so small tiles and no pipeline.
 _SINGLE = Config(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1))
 
@@ -44,6 +53,8 @@ def config_of(dtype: torch.dtype, width: int) -> Config:
     """The choice for heads of ``width`` values."""
     if dtype == torch.float32:
         return _SINGLE
+    if width > 32 and _hopper():
+        return _NARROW_HOPPER if width <= 64 else _WIDE_HOPPER
     return _NARROW if width <= 64 else _WIDE
 
 
@@ -73,6 +84,10 @@ def refusal(dtype: torch.dtype, width: int) -> str | None:
     if _older():
         return "pairing attention adds through TMA, which a GPU has from compute capability 9.0 on"
     return None
+
+
+def _hopper() -> bool:
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
 
 
 def _older() -> bool:

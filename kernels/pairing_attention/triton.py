@@ -14,7 +14,7 @@ from flashtrain.kernels.pairing_attention.backward import (
     attention_prepare_kernel,
     attention_round_kernel,
 )
-from flashtrain.kernels.pairing_attention.config import Config, config_of, section_of, splits_of
+from flashtrain.kernels.pairing_attention.config import HALF, Config, config_of, section_of, splits_of
 from flashtrain.kernels.pairing_attention.forward import attention_kernel
 
 _LOG2E = 1.4426950408889634
@@ -108,7 +108,8 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """Gradients of query, key and value."""
     sizes = _Sizes(query, key, query_of, key_of, causal)
-    tiles = (config or config_of(query.dtype, query.shape[3])).backward
+    chosen = config or config_of(query.dtype, query.shape[3])
+    tiles = chosen.backward
     rows, depth = tiles.columns, sizes.constants["D"]
     if d_out.stride(3) != 1:
         d_out = d_out.contiguous()
@@ -142,14 +143,14 @@ def backward(
     )
     parts = _Parts.of(sizes, key, key_of, tiles.rows)
     d_key, d_value = (parts.memory(x) for x in (key, value))
-    attention_gradient_kernel[(parts.blocks * triton.cdiv(sizes.keys, tiles.rows),)](
+    owned = HALF if chosen.partitioned else tiles.rows
+    described = [
         sizes.described(query, rows),
-        sizes.described(key, tiles.rows),
-        sizes.described(value, tiles.rows),
+        sizes.described(key, owned),
+        sizes.described(value, owned),
         sizes.described(d_out, rows),
-        TensorDescriptor(sums, list(sums.shape), list(sums.stride()), [depth, rows]),
-        norms,
-        means,
+    ]
+    rest = (
         d_key,
         d_value,
         counters,
@@ -164,12 +165,37 @@ def backward(
         sizes.width,
         sizes.scale,
         *d_key.stride()[:4],
-        BM=rows,
-        BN=tiles.rows,
-        STAGES=tiles.stages,
-        num_warps=tiles.warps,
-        **sizes.constants,
     )
+    grid = (parts.blocks * triton.cdiv(sizes.keys, tiles.rows),)
+    if chosen.partitioned:
+        from flashtrain.kernels.pairing_attention import hopper
+
+        described += [
+            TensorDescriptor(sums, list(sums.shape), list(sums.stride()), [HALF, HALF]),
+            TensorDescriptor(norms, [norms.numel()], [1], [rows]),
+            TensorDescriptor(means, [means.numel()], [1], [rows]),
+        ]
+        hopper.attention_gradient_hopper[grid](
+            *map(hopper.with_layout, described),
+            *rest,
+            BM=rows,
+            D=depth,
+            CAUSAL=causal,
+            num_warps=tiles.warps,
+        )
+    else:
+        attention_gradient_kernel[grid](
+            *described,
+            TensorDescriptor(sums, list(sums.shape), list(sums.stride()), [depth, rows]),
+            norms,
+            means,
+            *rest,
+            BM=rows,
+            BN=tiles.rows,
+            STAGES=tiles.stages,
+            num_warps=tiles.warps,
+            **sizes.constants,
+        )
     d_query = heads_like(query, heads)
     attention_round_kernel[(number, heads, sizes.batch)](
         sums,

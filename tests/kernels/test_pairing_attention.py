@@ -1,8 +1,10 @@
 """Pairing attention: reference against torch's own, kernels against fp64, sums in one order."""
 
 import os
+import re
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -205,6 +207,57 @@ def test_compiled_for_hopper_every_product_is_of_the_tensor_cores_and_none_is_tr
     )
     assert ran.returncode == 0, ran.stderr
     assert ran.stdout.split("\n")[:3] == ["0 4 0 0 True", "0 10 0 2 True", "0 10 0 2 True"]
+
+
+PARTITIONED = """
+import itertools
+import re
+from triton.backends.compiler import GPUTarget
+from triton.compiler import compile
+from triton.experimental.gluon._runtime import GluonASTSource
+from flashtrain.kernels.pairing_attention.hopper import attention_gradient_hopper as kernel, gl
+
+def tensor(kind, bits, *block):
+    layout = gl.NVMMASharedLayout(128 if len(block) > 1 else 0, bits, len(block))
+    return f"tensordesc<{kind}{list(block)},{layout!r}>"
+
+for width, causal in itertools.product((64, 128), (True, False)):
+    rows = 8192 // width
+    given = {"BM": rows, "D": width, "CAUSAL": causal}
+    queries, keys = (tensor("bf16", 16, 1, 1, tokens, width) for tokens in (rows, 64))
+    kinds = {p.name: {
+        "q_desc": queries, "do_desc": queries, "k_desc": keys, "v_desc": keys, "scale": "fp32",
+        "dq_desc": tensor("fp32", 32, 64, 64), "norm_desc": tensor("fp32", 32, rows),
+        "mean_desc": tensor("fp32", 32, rows), "d_key": "*bf16", "d_value": "*bf16", "counters": "*i32",
+        "visits": "*i64", **dict.fromkeys(given, "constexpr"),
+    }.get(p.name, "i32") for p in kernel.params}
+    names = list(kinds)
+    even = [(names.index(name),) for name in names if "*" in kinds[name] or name.startswith("out_")]
+    constants = {(names.index(name),): value for name, value in given.items()}
+    source = GluonASTSource(kernel, kinds, constants, {place: [["tt.divisibility", 16]] for place in even})
+    made = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    text = made.asm["ttgir"]
+    print("FOUND", *(text.count(one) for one in ("warp_group_dot ", "async_tma_reduce add")),
+          made.metadata.num_warps, made.metadata.shared <= 227 << 10)
+"""
+
+
+def test_partitions_of_warps_have_the_registers_for_products_that_run_beside_other_work(
+    tmp_path: Path,
+) -> None:
+    """Two consumers of 6 products a step and 2 at the end. ptxas says which products it lines up."""
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    # Compiled anew, for ptxas to speak.
+    environment |= {"TRITON_DUMP_PTXAS_LOG": "1", "TRITON_CACHE_DIR": str(tmp_path)}
+    ran = subprocess.run(
+        [sys.executable, "-c", PARTITIONED], env=environment, capture_output=True, text=True, check=False
+    )
+    assert ran.returncode == 0, ran.stderr
+    assert re.findall("FOUND (.*)", ran.stdout) == ["16 2 12 True"] * 4
+    assert "serialized" not in ran.stdout
+    spilled = [int(found) for found in re.findall(r"(\d+) bytes spill stores", ran.stdout)]
+    assert len(spilled) == 4
+    assert max(spilled) < 128
 
 
 @pytest.mark.parametrize(

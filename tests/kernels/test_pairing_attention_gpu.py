@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from flashtrain.kernels.pairing_attention import op, reference
+from flashtrain.kernels.pairing_attention import config, op, reference
 from flashtrain.models.decoder import Decoder
 from flashtrain.nn.attend import Heads, Settings
 from flashtrain.nn.attention import Attention
@@ -77,7 +77,29 @@ def test_every_output_and_gradient_equals_fp64(
     compare(name, 8, width, 777, 777, dtype, True)
 
 
-@pytest.mark.parametrize("width", [8, 32, 80, 96])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("name", ["gqkva-4.2", "mkva"])
+def test_on_hopper_gradients_of_the_portable_kernel_are_right_too(
+    name: str, width: int, poisoned_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    if torch.cuda.get_device_capability() == (9, 0):
+        assert config.config_of(torch.bfloat16, width).partitioned
+    monkeypatch.setattr(config, "_hopper", lambda: False)
+    assert not config.config_of(torch.bfloat16, width).partitioned
+    compare(name, 8, width, 777, 777, torch.bfloat16, True)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("splits", [1, 2, 8])
+def test_every_split_of_the_pairs_of_a_head(
+    width: int, splits: int, poisoned_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Parts without pairs too: KV head 0 has one for 8 blocks."""
+    monkeypatch.setattr("flashtrain.kernels.pairing_attention.triton.splits_of", lambda *_: splits)
+    compare("0:0 0:1 1:1 2:1 3:1 4:1 5:1", 7, width, 200, 333, torch.bfloat16, True)
+
+
+@pytest.mark.parametrize("width", [8, 32, 40, 80, 96])
 def test_every_width(width: int, poisoned_memory: None) -> None:
     compare("gqkva-3.2", 6, width, 300, 300, torch.bfloat16, True)
 
