@@ -17,7 +17,7 @@ _KERNELS = (
     (EXPOSED, r"nccl|Memcpy (PtoP|P2P)|Memcpy DtoD|wait_flag|wait_value|_sum_slots|^carry|barrier|signal"),
     (
         ATTENTION,
-        r"fmha|flash|sdpa|attention|attn|softmax_warp|^(row_sums|(query|key|value)_gradient)_kernel",
+        r"fmha|flash|sdpa|attention|attn|softmax_warp|^(take_slope|(query|key|value|score)_gradient)_kernel",
     ),
     (LOSS, r"cross_entropy|log_?softmax|nll_loss|statistics_kernel|slopes_kernel|softmax"),
     (OPTIMIZER, r"multi_tensor|adam|l2norm|lpnorm|NormTwoOps|foreach|^(squares|update)_kernel"),

@@ -1,9 +1,15 @@
 """Tile sizes of the pairing-attention kernels, and what the kernels refuse."""
 
+import logging
 from dataclasses import dataclass, replace
+from functools import cache
+from importlib.metadata import version
 
 import torch
 
+log = logging.getLogger("flashtrain.kernels")
+
+_GLUON = "3.6."  # the versions of Triton whose Gluon, which is experimental, ``hopper.py`` is written in
 MOST_PAIRS = (1 << 15) - 1  # numbers of pairs and heads are signed 16 bits
 _WIDEST = 128
 _SECTION_BYTES = 24 << 20  # keys and values that blocks at work at the same time read: half of the L2 cache
@@ -87,7 +93,20 @@ def refusal(dtype: torch.dtype, width: int) -> str | None:
 
 
 def _hopper() -> bool:
-    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0)
+    return torch.cuda.is_available() and torch.cuda.get_device_capability() == (9, 0) and _knows_gluon()
+
+
+@cache
+def _knows_gluon() -> bool:
+    found = version("triton")
+    if not found.startswith(_GLUON):
+        log.warning(
+            "attention's gradients take half as long again with Triton %s as with %sx, which the kernel for "
+            "Hopper is written for",
+            found,
+            _GLUON,
+        )
+    return found.startswith(_GLUON)
 
 
 def _older() -> bool:

@@ -13,7 +13,7 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from flashtrain.errors import UserError
-from flashtrain.kernels.pairing_attention import op, reference
+from flashtrain.kernels.pairing_attention import config, op, reference
 from flashtrain.kernels.pairing_attention.config import section_of, splits_of
 from tests.kernels.interpreter import DEVICE, interpreted
 
@@ -258,6 +258,31 @@ def test_partitions_of_warps_have_the_registers_for_products_that_run_beside_oth
     spilled = [int(found) for found in re.findall(r"(\d+) bytes spill stores", ran.stdout)]
     assert len(spilled) == 4
     assert max(spilled) < 128
+
+
+@pytest.mark.parametrize(
+    ("capability", "version", "partitioned"),
+    [((9, 0), "3.6.0", True), ((9, 0), "3.7.1", False), ((10, 0), "3.6.0", False)],
+)
+def test_partitions_are_for_hopper_and_the_version_of_gluon_that_they_are_written_in(
+    capability: tuple[int, int],
+    version: str,
+    partitioned: bool,
+    monkeypatch: pytest.MonkeyPatch,
+    caplog: pytest.LogCaptureFixture,
+) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda *_: capability)
+    monkeypatch.setattr(config, "version", lambda _: version)
+    config._knows_gluon.cache_clear()
+    for width in (40, 64, 128):
+        assert config.config_of(torch.bfloat16, width).partitioned == partitioned
+    assert not config.config_of(torch.bfloat16, 32).partitioned
+    assert not config.config_of(torch.float32, 128).partitioned
+    told = [record.message for record in caplog.records]
+    assert len(told) == (version != "3.6.0")
+    assert all("with Triton 3.7.1 as with 3.6.x" in line for line in told)
+    config._knows_gluon.cache_clear()
 
 
 @pytest.mark.parametrize(
