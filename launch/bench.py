@@ -188,8 +188,9 @@ class _Bench:
             figures["hidden"] = statistics.median(hidden)
             figures["exposed_s"] = statistics.median(result.exposed for result in results)
         del built
-        fixed = self.config.attention.deterministic and bench.attention != "auto"
-        figures["attention"] = f"{bench.attention}{', deterministic' if fixed else ''}"
+        attention = bench.attention
+        fixed = attention.deterministic and attention.backend != "auto"
+        figures["attention"] = f"{attention.backend}{', deterministic' if fixed else ''}"
         figures["skipped"] = sum(result.skipped is not None for result in results)
         bench.close()
         return figures

@@ -21,11 +21,11 @@ Method = Literal["expand", "mixed", "kernel"]
 _FEWEST_ROWS = 16
 # With it torch hands cuDNN log-sum-exps in another order; it reads it once, too.
 _RAGGED = os.environ.get("TORCH_CUDNN_SDPA_AVOID_RECOMPILE") == "1"
-_preferred: Method = "expand"
+_preferred: Method | None = None
 
 
-def prefer(method: Method) -> None:
-    """Set what ``attend_pairs`` takes from here on where gradients may be in any order."""
+def prefer(method: Method | None) -> None:
+    """Set what ``attend_pairs`` takes from here on; None: what it takes by default."""
     global _preferred
     _preferred = method
 
@@ -39,10 +39,9 @@ def attend_pairs(heads: Heads, pairing: Pairing, causal: bool = True, method: Me
     * ``mixed`` is the kernel forward and cuDNN's backward pass, whose gradients are in any order, over copies
       that live for it alone. On a CPU plain torch stands in for both.
 
-    By default it is the kernel for what it takes where gradients must be in a fixed order; else what
-    ``prefer`` was told, which a run measures (``flashtrain.train.attention``), and expand without it: that is
-    the fastest whole step measured so far (benchmarks/NOTES.md). Raises UserError for a ``method`` that does
-    not take these heads.
+    By default it is what ``prefer`` was told, which a run measures where gradients may be in any order
+    (``flashtrain.train.attention``); without it the kernel for what it takes where gradients must be in a
+    fixed order, and else expand. Raises UserError for a ``method`` that does not take these heads.
     """
     if method is None:
         method = _default(heads, causal)
@@ -78,7 +77,7 @@ def why_not_by(method: Method, heads: Heads, causal: bool) -> str | None:
 def _default(heads: Heads, causal: bool) -> Method:
     if not heads.query.is_cuda or heads.query.shape[2] < _FEWEST_ROWS:
         return "expand"
-    wanted: Method = "kernel" if settings().deterministic else _preferred
+    wanted: Method = _preferred or ("kernel" if settings().deterministic else "expand")
     return wanted if why_not_by(wanted, heads, causal) is None else "expand"
 
 

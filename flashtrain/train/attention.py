@@ -34,11 +34,12 @@ def prepare(
     """Put ``settings`` in force. Collective on GPUs, where auto becomes the backend that is the fastest.
 
     What is measured is forward and backward on the heads that one rank has in a micro-batch; the choice is
-    kept on disk beside those of products. So is, where gradients may be in any order, the method of attention
-    over pairs of heads. Raises UserError for a backend that does not take those heads.
+    kept on disk beside those of products. Where gradients may be in any order, ones in a fixed order may win.
+    The method of attention over pairs of heads is measured there, too. Raises UserError for a backend that
+    does not take those heads.
     """
     attend.configure(settings)
-    paired_attention.prefer("expand")
+    paired_attention.prefer(None)
     if device.type != "cuda":
         return
     fixed, dtype = settings.deterministic, getattr(torch, train.dtype)
@@ -46,17 +47,18 @@ def prepare(
     shape = _Shape.of(model, pairing, train, degrees)
     heads = shape.heads(device, dtype)
     if settings.backend == "auto":
-        names = attend.candidates(heads, train.document_mask, fixed)
+        ways = ways_of(heads, train.document_mask, fixed)
         documents = shape.documents(device) if train.document_mask else None
         kind = f"{'documents' if documents else 'causal'} {'fixed order' if fixed else 'any order'}"
         chosen = _fastest(
             f"attention {shape} {train.dtype} {kind}",
-            names,
-            lambda name: _backward(heads, lambda: attend.run(name, heads, documents, fixed)),
+            list(ways),
+            lambda name: _backward(heads, lambda: attend.run(ways[name][0], heads, documents, ways[name][1])),
             device,
         )
-        log.info("attention: %s, %s", chosen, "deterministic" if fixed else "gradients in any order")
-        attend.configure(replace(settings, backend=chosen))  # type: ignore[arg-type]
+        backend, ordered = ways[chosen]
+        log.info("attention: %s, %s", backend, "deterministic" if ordered else "gradients in any order")
+        attend.configure(replace(settings, backend=backend, deterministic=ordered))
     elif (reason := attend.why_not(settings.backend, heads, train.document_mask, fixed)) is not None:
         raise UserError(f"attention.backend is {settings.backend}, but {reason}")
     if pairing is None or fixed or train.document_mask:
@@ -72,6 +74,14 @@ def prepare(
     )
     log.info("attention over pairs of heads: %s", method)
     paired_attention.prefer(cast(Method, method))
+
+
+def ways_of(heads: Heads, documents: bool, fixed: bool) -> dict[str, tuple[Backend, bool]]:
+    """The backends to measure, and whether each sums in a fixed order."""
+    found = {name: (cast(Backend, name), fixed) for name in attend.candidates(heads, documents, fixed)}
+    if not fixed and "cudnn" in found and attend.why_not("cudnn", heads, documents, True) is None:
+        found["cudnn in a fixed order"] = "cudnn", True  # our backward pass may be the faster one
+    return found
 
 
 def pairs_of_rank(model: Decoder.Config, degrees: Degrees) -> Pairing | None:

@@ -61,7 +61,7 @@ class Workbench:
         train = config.train
         transport.configure(config.comm)
         attention.prepare(config.attention, config.model, train, config.parallel, device)
-        self.attention = attention_settings().backend
+        self.attention = attention_settings()
         self.built = _draw(config, mesh, device)
         # Random tokens give gradients that a rule for text might refuse: a step without update is another.
         skip = replace(config.skip, above=0.0)
