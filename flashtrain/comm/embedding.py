@@ -16,7 +16,7 @@ def vocabulary_parallel_embedding(
     site: str = "",
     main: WeightGradient | None = None,
 ) -> Tensor:
-    """``tokens [M]``, the same on every rank, and a ``table [V/W, H]`` -> ``y_shard [M/W, H]``.
+    """``tokens [M, ...]``, the same on every rank, and a ``table [V/W, H]`` -> ``y_shard [M/W, ..., H]``.
 
     The table holds the rows from ``first`` on of ``vocabulary``. Exactly one rank contributes a row that is
     not zero, so the sum is exact. On a GPU the table's gradient goes to ``main`` where there is one. Raises

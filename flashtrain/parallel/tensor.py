@@ -155,10 +155,11 @@ class VocabularyParallelEmbedding(_OverTensorGroup, nn.Embedding):
     def forward(self, tokens: Tensor) -> Tensor:
         table, main = _local(self.weight), _main_grad(self.weight)
         first, vocabulary = self.rank * table.shape[0], self.world * table.shape[0]
-        shard = embedding.vocabulary_parallel_embedding(
-            tokens.reshape(-1), table, first, vocabulary, self.group, self.site, main
+        # FSDP2 wants no views of what a module gives it.
+        whole = tokens if tokens.shape[0] % self.world == 0 else tokens.reshape(-1)
+        return embedding.vocabulary_parallel_embedding(
+            whole, table, first, vocabulary, self.group, self.site, main
         )
-        return self._shard_like(shard, tokens.unsqueeze(-1))
 
 
 @dataclass
