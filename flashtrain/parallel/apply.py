@@ -114,23 +114,21 @@ def parallelize(
 
         model.register_forward_pre_hook(note_rows)
     if DATA in names and mesh[DATA].size() > 1:
-        ends = [] if units is not None or _shared_parameters(model) else _ends(model)
-        found = [*ends[:1], *(_units(model) if units is None else units), *ends[1:]]
-        data.shard(model, found, mesh[DATA], sharding, branches.absent(model), kept=ends)
+        found, kept = _units(model) if units is None else (units, ())
+        data.shard(model, found, mesh[DATA], sharding, branches.absent(model), kept)
     return model
 
 
-def _units(model: nn.Module) -> list[nn.Module]:
-    apart = [model.get_submodule(name) for pattern in _APART for name in _named(model, pattern)]
-    return [*apart, *model.get_submodule("layers").children()]
+def _units(model: nn.Module) -> tuple[Sequence[nn.Module], Sequence[nn.Module]]:
+    """What is gathered as one, in the order of the forward pass, and what of it stays for the backward pass.
 
-
-def _ends(model: nn.Module) -> list[nn.Module]:
-    """Embedding and head: apart, so that a step waits for the one at its start and at its end, not for both.
-
-    What they gather stays until the backward pass: the head's is next, and the embedding's needs none of it.
+    Embedding and head are apart, so that a step waits for one at its start and at its end, not for both.
+    They stay: the head's backward pass is the next, and the embedding's needs none of it.
     """
-    return [module for name in ("embedding", "head") for module in [getattr(model, name, None)] if module]
+    ends = {} if _shared_parameters(model) else dict(model.named_children())
+    first, last = ([ends[name]] if name in ends else [] for name in ("embedding", "head"))
+    apart = [model.get_submodule(name) for pattern in _APART for name in _named(model, pattern)]
+    return [*first, *apart, *model.get_submodule("layers").children(), *last], [*first, *last]
 
 
 def _shared_parameters(model: nn.Module) -> list[list[str]]:

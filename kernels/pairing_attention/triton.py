@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from flashtrain.kernels.descriptors import heads_descriptor
 from flashtrain.kernels.layout import heads_like
 from flashtrain.kernels.pairing_attention.backward import (
     attention_gradient_kernel,
@@ -261,11 +262,7 @@ class _Sizes:
 
     def described(self, x: Tensor, rows: int) -> TensorDescriptor:
         """``x [B, n, tokens, D]`` for TMA, ``rows`` of one head at a time."""
-        if any(s * x.itemsize % 16 or not s for s in x.stride()[:3]) or x.stride(3) != 1 or x.data_ptr() % 16:
-            x = x.contiguous()
-        # What TMA does not take, a dimension of one element may have.
-        strides = [s if n > 1 else x.shape[3] for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)]
-        return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, self.constants["D"]])
+        return heads_descriptor(x, rows, self.constants["D"])
 
 
 def _processors(device: torch.device) -> int:

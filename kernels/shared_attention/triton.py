@@ -8,6 +8,7 @@ import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from flashtrain.kernels.descriptors import heads_descriptor
 from flashtrain.kernels.pairing_attention import triton as pairing
 from flashtrain.kernels.shared_attention import config as configs
 from flashtrain.kernels.shared_attention.backward import (
@@ -66,9 +67,9 @@ def value_gradient(
         sizes.sequence, sizes.batch, sizes.kv_heads, sizes.width, dtype=slope.dtype, device=slope.device
     ).permute(1, 2, 0, 3)
     value_gradient_kernel[(sizes.batch * sizes.kv_heads, triton.cdiv(sizes.sequence, blocks.keys))](
-        _described(query, blocks.queries),
-        _described(key, blocks.keys),
-        _described(slope, blocks.queries),
+        heads_descriptor(query, blocks.queries, sizes.width),
+        heads_descriptor(key, blocks.keys, sizes.width),
+        heads_descriptor(slope, blocks.queries, sizes.width),
         _lines(lse, blocks.queries),
         found,
         sizes.sequence,
@@ -118,10 +119,10 @@ def score_gradients(
     d_key = torch.empty(key.shape, dtype=wide, device=key.device)
     order = _order(rows, query.device)
     operands = [
-        _described(query, tile),
-        _described(key, tile),
-        _described(slopes.flatten(3), tile, choice.depth),
-        _described(values.flatten(3), tile, choice.depth),
+        heads_descriptor(query, tile, sizes.width),
+        heads_descriptor(key, tile, sizes.width),
+        heads_descriptor(slopes.flatten(3), tile, choice.depth),
+        heads_descriptor(values.flatten(3), tile, choice.depth),
         _lines(lse, tile),
         _lines(total, tile),
     ]
@@ -198,15 +199,6 @@ def _order(rows: int, device: torch.device) -> Tensor:
 
 def _dense_rows(tensor: Tensor) -> Tensor:
     return tensor if tensor.stride(-1) == 1 else tensor.contiguous()
-
-
-def _described(x: Tensor, rows: int, columns: int | None = None) -> TensorDescriptor:
-    """``x [B, n, tokens, D]`` for TMA: ``rows`` of one head at a time, and ``columns`` of them or all."""
-    if any(s * x.itemsize % 16 or not s for s in x.stride()[:3]) or x.stride(3) != 1 or x.data_ptr() % 16:
-        x = x.contiguous()
-    # What TMA does not take, a dimension of one element may have.
-    strides = [s if n > 1 else x.shape[3] for s, n in zip(x.stride()[:3], x.shape[:3], strict=True)]
-    return TensorDescriptor(x, list(x.shape), [*strides, 1], [1, 1, rows, columns or x.shape[3]])
 
 
 def _lines(x: Tensor, columns: int) -> TensorDescriptor:

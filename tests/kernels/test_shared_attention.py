@@ -51,6 +51,12 @@ def deferred(query: Tensor, key: Tensor, value: Tensor, *values: Tensor) -> list
     return chain(region.open(query, key, value), region.join, values)
 
 
+def joined(query: Tensor, key: Tensor, value: Tensor, *values: Tensor) -> list[Tensor]:
+    """The same with values that hang on no other layer."""
+    region = op.Pass()
+    return [region.open(query, key, value), *(region.join(own) for own in values)]
+
+
 def chain(first: Tensor, attend: Any, values: tuple[Tensor, ...]) -> list[Tensor]:
     """Outputs of all layers; each one's values hang on the layer before, as in a model."""
     outputs = [first]
@@ -137,10 +143,6 @@ def test_values_may_lie_in_memory_as_they_like() -> None:
     query, key, value, *others = heads(1, 2, 1, 9, 8, 3)
     others[0] = torch.cat([torch.zeros(1, device=DEVICE), others[0].flatten()])[1:].view(others[0].shape)
     others[1] = torch.stack([others[1]] * 2, dim=-1)[..., 0]
-
-    def joined(query: Tensor, key: Tensor, value: Tensor, *values: Tensor) -> list[Tensor]:
-        region = op.Pass()
-        return [region.open(query, key, value), *(region.join(own) for own in values)]
 
     given = [query, key, value, *others]
     true = outcome(joined, [t.double() for t in given])
@@ -235,10 +237,6 @@ def test_another_forward_has_the_same_gradients() -> None:
             *(region.join(v, lambda q, k, w: naive(q, k, w)[0]) for v in values),
         ]
 
-    def plain(query: Tensor, key: Tensor, value: Tensor, *values: Tensor) -> list[Tensor]:
-        region = op.Pass()
-        return [region.open(query, key, value), *(region.join(own) for own in values)]
-
     given = [t.double() for t in heads(1, 4, 2, 11, 8, 2)]
-    for found, true in zip(outcome(other, given), outcome(plain, given), strict=True):
+    for found, true in zip(outcome(other, given), outcome(joined, given), strict=True):
         assert error(found, true) < 2e-15
