@@ -120,12 +120,12 @@ def test_fsdp_gathers_and_reduces_through_the_schedules(dtype: torch.dtype) -> N
         assert sent > 0
 
 
-def _of_decoder(rank: int, world: int, tied: bool) -> list[tuple[str, str]]:
+def _of_decoder(rank: int, world: int, tied: bool, prefetch: int) -> list[tuple[str, str]]:
     transport.configure(transport.Settings(transport="host"))
     called: list[tuple[str, str]] = []
     config = Decoder.Config(hidden=16, layers=2, heads=2, kv_heads=2, mlp_width=64, tied_embeddings=tied)
     ranks = mesh.build(mesh.Degrees(data=world), "cpu")
-    model = apply.parallelize(Decoder(config), ranks)
+    model = apply.parallelize(Decoder(config), ranks, sharding=data.Sharding(prefetch=prefetch))
     mover = transport.of(ranks[DATA].get_group().group_name, torch.device("cpu"))
     real = mover.open
 
@@ -138,12 +138,13 @@ def _of_decoder(rank: int, world: int, tied: bool) -> list[tuple[str, str]]:
     return called
 
 
+@pytest.mark.parametrize("prefetch", [1, 2])
 @pytest.mark.parametrize("tied", [False, True])
-def test_a_step_waits_for_one_end_of_the_model_at_a_time(tied: bool) -> None:
+def test_a_step_waits_for_one_end_of_the_model_at_a_time(tied: bool, prefetch: int) -> None:
     """Embedding and head are gathered once, the head behind the last block; a table that is both, at once."""
     ends = [] if tied else ["embedding", "head"]
     forward = ["model", *ends[:1], "layers.0", "layers.1", *ends[1:]]
-    for called in run_distributed(_of_decoder, 2, tied):
+    for called in run_distributed(_of_decoder, 2, tied, prefetch):
         assert [site for op, site in called if op == "all_gather"] == [*forward, "layers.1", "layers.0"]
         reduced = [site for op, site in called if op == "reduce_scatter"]
         assert sorted(reduced) == sorted(forward)
