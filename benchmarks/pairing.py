@@ -27,7 +27,7 @@ from collections.abc import Callable, Iterator
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import machine
 import torch
@@ -62,17 +62,28 @@ SHAPES = (
     (16, 128, "gqkva-4.4", 1, 16384),
 )
 MODEL = Decoder.Config(vocabulary=32000, hidden=2048, layers=22, heads=32, kv_heads=32, mlp_width=5632)
+
+
 # Variants of the step: pairing and method. Multi-head is the decoder without a pairing.
-STEPS: dict[str, tuple[str | None, Method | None]] = {
-    "mha": (None, None),
-    "gqkva-8.4 kernel": ("gqkva-8.4", "kernel"),
-    "gqkva-8.4 expand": ("gqkva-8.4", "expand"),
-    "gqkva-8.4 mixed": ("gqkva-8.4", "mixed"),
-    "mqa": ("mqa", None),
-    "gkva-8 expand": ("gkva-8", "expand"),
-    "gkva-8 mixed": ("gkva-8", "mixed"),
-    "gqkva-16.2 expand": ("gqkva-16.2", "expand"),
-    "gqkva-16.2 mixed": ("gqkva-16.2", "mixed"),
+class Variant(NamedTuple):
+    """A model of the step: its pairing (None: multi-head), the method, and the order of gradients."""
+
+    pairing: str | None = None
+    method: Method | None = None
+    fixed_order: bool = False
+
+
+STEPS = {
+    "mha": Variant(),
+    "mha in a fixed order": Variant(fixed_order=True),
+    "gqkva-8.4 kernel": Variant("gqkva-8.4", "kernel", fixed_order=True),
+    "gqkva-8.4 expand": Variant("gqkva-8.4", "expand"),
+    "gqkva-8.4 mixed": Variant("gqkva-8.4", "mixed"),
+    "mqa": Variant("mqa"),
+    "gkva-8 expand": Variant("gkva-8", "expand"),
+    "gkva-8 mixed": Variant("gkva-8", "mixed"),
+    "gqkva-16.2 expand": Variant("gqkva-16.2", "expand"),
+    "gqkva-16.2 mixed": Variant("gqkva-16.2", "mixed"),
 }
 BACKENDS = {"cudnn": SDPBackend.CUDNN_ATTENTION, "flash": SDPBackend.FLASH_ATTENTION}
 
@@ -226,11 +237,10 @@ def predicted_ns(config: Decoder.Config, sequence: int) -> float:
     return 6e9 * weights / 650e12 + 1e9 * meeting / 600e12 + 2.5e9 * meeting / 440e12
 
 
-def step_seconds(
-    config: Decoder.Config, method: Method | None, batch: int, steps: int
-) -> tuple[float, float]:
+def step_seconds(config: Decoder.Config, variant: Variant, batch: int, steps: int) -> tuple[float, float]:
     """Median seconds of a step of a fresh model, and GiB at the peak."""
-    attention_module.attend_pairs = partial(attend_pairs, method=method)  # type: ignore[assignment]
+    attend_settings.configure(attend_settings.Settings(deterministic=variant.fixed_order))
+    attention_module.attend_pairs = partial(attend_pairs, method=variant.method)  # type: ignore[assignment]
     torch.manual_seed(0)
     torch.cuda.reset_peak_memory_stats()
     with torch.device("cuda"):
@@ -254,16 +264,16 @@ def step_rows(
     pairings: list[str], layers: int, batch: int, rounds: int, steps: int, end: float
 ) -> dict[str, Any]:
     """Tokens per second of each variant, and ratios to multi-head attention in the same round."""
-    variants = {name: one for name, one in STEPS.items() if one[0] is None or one[0] in pairings}
+    variants = {name: one for name, one in STEPS.items() if one.pairing in (None, *pairings)}
     seconds: dict[str, list[float]] = {name: [] for name in variants}
     peaks: dict[str, float] = {}
-    configs = {name: replace(MODEL, layers=layers, pairing=own) for name, (own, _) in variants.items()}
+    configs = {name: replace(MODEL, layers=layers, pairing=one.pairing) for name, one in variants.items()}
     for number in range(rounds):
         if time.monotonic() > end:
             print("out of time", flush=True)
             break
-        for name, (_, method) in variants.items():
-            took, peaks[name] = step_seconds(configs[name], method, batch, steps)
+        for name, variant in variants.items():
+            took, peaks[name] = step_seconds(configs[name], variant, batch, steps)
             gc.collect()
             torch.cuda.empty_cache()
             seconds[name].append(took)
@@ -295,7 +305,7 @@ def main() -> None:
     parser.add_argument(
         "--grid", action="store_true", help="time each kernel in each candidate configuration"
     )
-    known = list(dict.fromkeys(pairing for pairing, _ in STEPS.values() if pairing))
+    known = list(dict.fromkeys(one.pairing for one in STEPS.values() if one.pairing))
     parser.add_argument("--pairings", nargs="+", default=known, choices=known, help="of the step")
     parser.add_argument("--layers", type=int, default=22, help="of the model of the step")
     parser.add_argument("--batch", type=int, default=2, help="sequences of a micro-batch of the step")

@@ -5,6 +5,7 @@ import pytest
 import torch
 
 import tests.offline  # noqa: F401 - keeps tests away from the network
+from flashtrain.nn import attend
 
 # Two ranks share two cores in CI: one thread each keeps timings steady and products reproducible.
 os.environ.setdefault("OMP_NUM_THREADS", "1")
@@ -23,3 +24,11 @@ def poisoned_memory() -> Iterator[None]:
     yield
     torch.use_deterministic_algorithms(False)
     torch.utils.deterministic.fill_uninitialized_memory = before
+
+
+@pytest.fixture(autouse=True)
+def _attention_as_it_was() -> Iterator[None]:
+    """A run that a test trains in this process sets attention's backend for the whole process."""
+    before = attend.settings()
+    yield
+    attend.configure(before)
