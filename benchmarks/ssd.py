@@ -36,7 +36,7 @@ from flashtrain.kernels.ssd.op import ssd
 
 HEADS, WIDTH, STATES = 64, 64, 128
 SHAPES = ((2, 8192), (1, 32768), (8, 2048))
-THEIR_CHUNKS = (64, 128, 256)
+THEIR_CHUNKS = (128, 256)
 ROUNDS = 3
 SLEEP_CYCLES = 12_000_000
 BANDWIDTH, RATE = 4.3e12, 700e12
