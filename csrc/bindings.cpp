@@ -4,6 +4,7 @@
 #include "copy_engine_bindings.hpp"
 #include "host_transport.hpp"
 #include "kernel_bindings.hpp"
+#include "launcher.hpp"
 
 namespace py = pybind11;
 using namespace flashtrain;
@@ -12,6 +13,7 @@ PYBIND11_MODULE(_core, module) {
   module.doc() = "Host code of the transports; see flashtrain.comm.transport.host and flashtrain.comm.transport.nvlink.";
   module.attr("layout") = kLayout;
   bind_kernel(module);
+  bind_launcher(module);
   bind_copy_engine(module);
   module.def("process_start_time", &process_start_time, py::arg("pid"));
 

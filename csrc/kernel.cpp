@@ -10,9 +10,8 @@ namespace {
 
 constexpr uint32_t kSharedMemoryOfAnyKernel = 48 << 10;
 constexpr uint64_t kAlignment = 16;
-// A matrix is a tensor map, two extents and two strides; scratch memory ends the block, unused here.
+// A matrix is a tensor map, two extents and two strides.
 constexpr std::array<size_t, 5> kMatrixParts = {128, 4, 4, 8, 8};
-constexpr size_t kScratchPointers = 2;
 
 void* pointer(uint64_t address) { return reinterpret_cast<void*>(static_cast<uintptr_t>(address)); }
 
@@ -39,6 +38,28 @@ Kernel::Kernel(const std::string& library, const std::string& cubin, const std::
   }
 }
 
+Kernel::Kernel(const std::string& library, FunctionHandle function, const std::string& name, uint32_t shared_memory,
+               uint32_t threads)
+    : driver_(Driver::load(library)), name_(name), shared_memory_(shared_memory), threads_(threads), function_(function) {
+  driver_.check(driver_.context_get_current(&context_), "cuCtxGetCurrent");
+}
+
+void Kernel::check_layout(std::vector<size_t> sizes) const {
+  sizes.insert(sizes.end(), kScratchPointers, 8);
+  std::vector<size_t> found;
+  size_t offset = 0, size = 0;
+  while (driver_.function_get_parameter(function_, found.size(), &offset, &size) == kDriverSuccess) found.push_back(size);
+  if (found != sizes) {
+    throw std::runtime_error("kernel " + name_ + " has parameters of " + listed(found) + " bytes where " + listed(sizes) +
+                             " were expected; use a version of triton that flashtrain was tested with");
+  }
+}
+
+void Kernel::start(const std::array<uint32_t, 3>& grid, StreamHandle stream, void** places) const {
+  driver_.check(driver_.launch(function_, grid[0], grid[1], grid[2], threads_, 1, 1, shared_memory_, stream, places, nullptr),
+                "cuLaunchKernel");
+}
+
 int Kernel::blocks_per_multiprocessor() const {
   int blocks = 0;
   driver_.check(
@@ -56,14 +77,17 @@ Launch::Launch(std::shared_ptr<const Kernel> kernel, std::vector<Parameter> para
   bound_.assign(matrices_.size(), 0);
   words_.assign(parameters_.size(), 0);
   constants_.assign(4 * matrices_.size() + kScratchPointers, 0);
+  std::vector<size_t> sizes;
   uint64_t* constant = constants_.data();
   TensorMap* map = maps_.data();
   for (size_t index = 0; index < parameters_.size(); ++index) {
     const Parameter& parameter = parameters_[index];
     if (parameter.kind != Parameter::Kind::kMatrix) {
       places_.push_back(&words_[index]);
+      sizes.push_back(parameter.kind == Parameter::Kind::kNumber ? 4 : 8);
       continue;
     }
+    sizes.insert(sizes.end(), kMatrixParts.begin(), kMatrixParts.end());
     places_.push_back(map++);
     for (const uint64_t value : {parameter.rows, parameter.columns, parameter.pitch, uint64_t{1}}) {
       *constant = value;
@@ -71,27 +95,7 @@ Launch::Launch(std::shared_ptr<const Kernel> kernel, std::vector<Parameter> para
     }
   }
   for (size_t scratch = 0; scratch < kScratchPointers; ++scratch) places_.push_back(constant++);
-  check_layout();
-}
-
-void Launch::check_layout() const {
-  std::vector<size_t> expected, found;
-  for (const Parameter& parameter : parameters_) {
-    if (parameter.kind == Parameter::Kind::kMatrix) {
-      expected.insert(expected.end(), kMatrixParts.begin(), kMatrixParts.end());
-    } else {
-      expected.push_back(parameter.kind == Parameter::Kind::kNumber ? 4 : 8);
-    }
-  }
-  expected.insert(expected.end(), kScratchPointers, 8);
-  size_t offset = 0, size = 0;
-  while (kernel_->driver_.function_get_parameter(kernel_->function_, found.size(), &offset, &size) == kDriverSuccess) {
-    found.push_back(size);
-  }
-  if (found != expected) {
-    throw std::runtime_error("kernel " + kernel_->name_ + " has parameters of " + listed(found) + " bytes where " +
-                             listed(expected) + " were expected; use a version of triton that flashtrain was tested with");
-  }
+  kernel_->check_layout(std::move(sizes));
 }
 
 void Launch::bind(size_t number, uint64_t address) {
@@ -121,15 +125,11 @@ void Launch::start(uint32_t blocks, StreamHandle stream, const std::vector<uint6
     }
   }
   const std::lock_guard lock(mutex_);
-  // A thread that has not used CUDA before has no current context.
-  kernel_->driver_.check(kernel_->driver_.context_set_current(kernel_->context_), "cuCtxSetCurrent");
+  kernel_->enter();
   for (size_t number = 0; number < matrices_.size(); ++number) bind(number, values[matrices_[number]]);
   // Numbers are the low half of their word: every CUDA host is little-endian.
   std::copy(values.begin(), values.end(), words_.begin());
-  kernel_->driver_.check(
-      kernel_->driver_.launch(kernel_->function_, blocks, 1, 1, kernel_->threads_, 1, 1, kernel_->shared_memory_, stream,
-                              places_.data(), nullptr),
-      "cuLaunchKernel");
+  kernel_->start({blocks, 1, 1}, stream, places_.data());
 }
 
 }  // namespace flashtrain

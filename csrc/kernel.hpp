@@ -12,12 +12,28 @@
 
 namespace flashtrain {
 
+constexpr size_t kScratchPointers = 2;  // end a parameter block; zero where a kernel needs no scratch memory
+
 // One function of a cubin, loaded into the context of the calling thread and never unloaded.
 class Kernel {
  public:
   // `shared_memory` in bytes and `threads` of each block. Throws std::runtime_error if the driver refuses.
   Kernel(const std::string& library, const std::string& cubin, const std::string& name, uint32_t shared_memory,
          uint32_t threads);
+
+  // The same of a `function` that somebody else has loaded and keeps.
+  Kernel(const std::string& library, FunctionHandle function, const std::string& name, uint32_t shared_memory,
+         uint32_t threads);
+
+  // Throws std::runtime_error unless the driver says that parameters of `sizes` bytes, and the pointers to scratch
+  // memory with which Triton ends, are what the kernel takes.
+  void check_layout(std::vector<size_t> sizes) const;
+
+  // Makes the kernel's context current: a thread that has not used CUDA before has none.
+  void enter() const { driver_.check(driver_.context_set_current(context_), "cuCtxSetCurrent"); }
+
+  // Enqueue a launch whose parameters lie at `places`, in the kernel's context.
+  void start(const std::array<uint32_t, 3>& grid, StreamHandle stream, void** places) const;
 
   // Blocks that one multiprocessor holds at a time.
   int blocks_per_multiprocessor() const;
@@ -63,7 +79,6 @@ class Launch {
   struct alignas(128) TensorMap {
     std::array<unsigned char, 128> bytes;
   };
-  void check_layout() const;
   void bind(size_t number, uint64_t address);
 
   const std::shared_ptr<const Kernel> kernel_;

@@ -8,6 +8,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashtrain.kernels.jit import kernel
+
 BLOCK = 4096
 # Elements of a block that are updated at once, four a thread: more take registers, and with them other blocks
 # from the processor, whose loads would hide behind this block's stores.
@@ -40,7 +42,7 @@ def square_of(address, begin, size, ALIGNED: tl.constexpr, WHOLE: tl.constexpr, 
     return tl.sum(values * values, axis=0)
 
 
-@triton.jit
+@kernel
 def squares_kernel(blocks, gradients, sizes, partial, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """The squared norm of one block, in fp64: what fp32 cannot hold must not look like a norm."""
     place = tl.program_id(0)
@@ -105,7 +107,7 @@ def update_block(  # type: ignore[no-untyped-def]
             tl.store(weights + offset, master.to(DTYPE), mask=inside)
 
 
-@triton.jit
+@kernel
 def update_kernel(  # type: ignore[no-untyped-def]
     blocks,
     tensors,

@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashtrain.kernels.jit import kernel
 from flashtrain.kernels.layout import dense_like
 
 _ROWS, _COLUMNS = 32, 128
@@ -56,7 +57,7 @@ def before_silu(  # type: ignore[no-untyped-def]
     return total
 
 
-@triton.jit
+@kernel
 def forward_kernel(  # type: ignore[no-untyped-def]
     x,
     weight,
@@ -122,7 +123,7 @@ def input_at(  # type: ignore[no-untyped-def]
     return values
 
 
-@triton.jit
+@kernel
 def backward_kernel(  # type: ignore[no-untyped-def]
     x,
     weight,

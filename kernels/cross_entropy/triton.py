@@ -6,12 +6,13 @@ import triton.language as tl
 from torch import Tensor
 
 from flashtrain.kernels.cross_entropy.reference import IGNORED
+from flashtrain.kernels.jit import kernel
 
 _READ, _WRITTEN = 8192, 4096  # columns of a block
 _LOWEST = torch.finfo(torch.float32).min
 
 
-@triton.jit
+@kernel
 def statistics_kernel(  # type: ignore[no-untyped-def]
     logits, targets, numbers, rows, width, first, stride, LOWEST: tl.constexpr, BLOCK: tl.constexpr
 ):
@@ -38,7 +39,7 @@ def statistics_kernel(  # type: ignore[no-untyped-def]
     tl.store(numbers + 2 * rows + row, target)
 
 
-@triton.jit
+@kernel
 def slopes_kernel(  # type: ignore[no-untyped-def]
     logits,
     targets,

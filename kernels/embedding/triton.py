@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashtrain.kernels.jit import kernel
 from flashtrain.kernels.layout import rows_of
 
 PIECE = 64
@@ -22,7 +23,7 @@ _FINISH_COLUMNS, _FINISH_STAGES = 512, 8  # few rows have several pieces, but th
 _SEARCHED = 256  # positions of a program that looks for runs
 
 
-@triton.jit
+@kernel
 def lookup_kernel(  # type: ignore[no-untyped-def]
     tokens, table, y, first, rows, vocabulary, width, table_row, COLUMNS: tl.constexpr
 ):
@@ -39,7 +40,7 @@ def lookup_kernel(  # type: ignore[no-untyped-def]
     tl.store(y + position * width + column, values, mask=column < width)
 
 
-@triton.jit
+@kernel
 def keys_kernel(tokens, keys, positions, first, rows, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """The row of each token in this table, or ``rows`` if it has none, which sorts behind all."""
     position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -48,7 +49,7 @@ def keys_kernel(tokens, keys, positions, first, rows, BLOCK: tl.constexpr):  # t
     tl.store(keys + position, key.to(tl.int32), mask=position < positions)
 
 
-@triton.jit
+@kernel
 def runs_kernel(keys, begins, ends, positions, steps, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
     """Where the run of each of the sorted ``keys`` begins and ends, by halving ``steps`` times."""
     position = tl.program_id(0) * BLOCK + tl.arange(0, BLOCK)
@@ -71,7 +72,7 @@ def runs_kernel(keys, begins, ends, positions, steps, BLOCK: tl.constexpr):  # t
     tl.store(ends + position, after, mask=inside)
 
 
-@triton.jit
+@kernel
 def pieces_kernel(  # type: ignore[no-untyped-def]
     dy,
     order,
@@ -120,7 +121,7 @@ def pieces_kernel(  # type: ignore[no-untyped-def]
             tl.store(partial + slot.to(tl.int64) * width + column, total, mask=inside)
 
 
-@triton.jit
+@kernel
 def finish_kernel(  # type: ignore[no-untyped-def]
     keys,
     begins,

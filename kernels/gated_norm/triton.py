@@ -5,12 +5,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashtrain.kernels.jit import kernel
 from flashtrain.kernels.layout import rows_of
 
 _BLOCKS_PER_PROCESSOR = 4
 
 
-@triton.jit
+@kernel
 def forward_kernel(  # type: ignore[no-untyped-def]
     x, z, weight, y, size, groups, epsilon, x_row, z_row, BLOCK: tl.constexpr
 ):
@@ -28,7 +29,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     tl.store(y + row * (groups * size) + column, values.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel
 def backward_kernel(  # type: ignore[no-untyped-def]
     x, z, weight, dy, dx, dz, d_weight, rows, size, groups, epsilon, x_row, z_row, dy_row, BLOCK: tl.constexpr
 ):

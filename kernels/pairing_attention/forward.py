@@ -7,6 +7,8 @@ the width of a head up to a power of two, with zeros.
 import triton
 import triton.language as tl
 
+from flashtrain.kernels.jit import kernel
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 
@@ -65,7 +67,7 @@ def walk(  # type: ignore[no-untyped-def]
     return total, weight, highest
 
 
-@triton.jit
+@kernel
 def attention_kernel(  # type: ignore[no-untyped-def]
     q_desc,
     k_desc,

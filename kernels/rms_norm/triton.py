@@ -12,6 +12,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashtrain.kernels.jit import kernel
 from flashtrain.kernels.layout import rows_of
 
 # Of a Hopper processor; of the shared memory, what is left beside the sums over a row.
@@ -33,7 +34,7 @@ class Launch:
         return min(255, _REGISTERS // (self.blocks * self.warps * 32) // 8 * 8)
 
 
-@triton.jit
+@kernel
 def forward_kernel(  # type: ignore[no-untyped-def]
     x,
     residual,
@@ -65,7 +66,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
         tl.store(y + row * width + place, (values * factor).to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel
 def backward_kernel(  # type: ignore[no-untyped-def]
     dy,
     d_total,
@@ -103,7 +104,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     tl.store(d_weight + tl.program_id(0).to(tl.int64) * width + place, gathered, mask=inside)
 
 
-@triton.jit
+@kernel
 def finish_kernel(parts, d_weight, blocks, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
     """``d_weight`` = the sum over blocks of ``parts [blocks, width]``, always in the same order."""
     column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)

@@ -8,6 +8,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashtrain.kernels.jit import kernel
 from flashtrain.kernels.layout import empty_heads, rows_of
 
 _PAIRS, _WARPS = 1024, 4  # pairs of a program: 8 a thread
@@ -26,7 +27,7 @@ def load_angles(table, position, kind_stride, position_stride, half, inside, HAL
     )
 
 
-@triton.jit
+@kernel
 def forward_kernel(  # type: ignore[no-untyped-def]
     packed,
     table,
@@ -80,7 +81,7 @@ def forward_kernel(  # type: ignore[no-untyped-def]
     tl.store(target + HALF, turned_2, mask=wanted)
 
 
-@triton.jit
+@kernel
 def backward_kernel(  # type: ignore[no-untyped-def]
     d_query,
     d_key,

@@ -1,12 +1,12 @@
 """Kernel of the gradients: every chunk by itself, given states and gradients of states at its borders."""
 
-import triton
 import triton.language as tl
 
+from flashtrain.kernels.jit import kernel
 from flashtrain.kernels.ssd.decay import LARGEST_EXPONENT
 
 
-@triton.jit
+@kernel
 def inputs_gradient_kernel(  # type: ignore[no-untyped-def]
     x,
     b,

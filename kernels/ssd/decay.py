@@ -8,6 +8,8 @@ decays nor adds. Sums are in units of log2, because the hardware has 2**x and no
 import triton
 import triton.language as tl
 
+from flashtrain.kernels.jit import kernel
+
 LOG2E = tl.constexpr(1.4426950408889634)
 LN2 = tl.constexpr(0.6931471805599453)
 # A decay over negative time must be finite, so that a zero beside it makes it zero.
@@ -20,7 +22,7 @@ def softplus(x):  # type: ignore[no-untyped-def]
     return tl.where(x > 20.0, x, tl.log2(1.0 + tl.exp2(tl.minimum(x, 20.0) * LOG2E)) * LN2)
 
 
-@triton.jit
+@kernel
 def decay_kernel(  # type: ignore[no-untyped-def]
     raw,
     bias,
@@ -56,7 +58,7 @@ def decay_kernel(  # type: ignore[no-untyped-def]
     tl.store(total + place, tl.cumsum(step * (a * LOG2E)[None, :], axis=0), mask=(head < heads)[None, :])
 
 
-@triton.jit
+@kernel
 def decay_backward_kernel(  # type: ignore[no-untyped-def]
     raw,
     bias,

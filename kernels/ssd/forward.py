@@ -1,12 +1,12 @@
 """Kernel of the outputs: every chunk by itself, given the states at its border."""
 
-import triton
 import triton.language as tl
 
+from flashtrain.kernels.jit import kernel
 from flashtrain.kernels.ssd.decay import LARGEST_EXPONENT
 
 
-@triton.jit
+@kernel
 def output_kernel(  # type: ignore[no-untyped-def]
     x,
     b,

@@ -1,10 +1,11 @@
 """Kernel of what the heads of a group share: the gradients of B and C."""
 
-import triton
 import triton.language as tl
 
+from flashtrain.kernels.jit import kernel
 
-@triton.jit
+
+@kernel
 def group_gradient_kernel(  # type: ignore[no-untyped-def]
     x,
     own,

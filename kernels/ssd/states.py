@@ -3,6 +3,8 @@
 import triton
 import triton.language as tl
 
+from flashtrain.kernels.jit import kernel
+
 
 @triton.jit
 def carry(  # type: ignore[no-untyped-def]
@@ -73,7 +75,7 @@ def carry(  # type: ignore[no-untyped-def]
     tl.store(end + (batch * heads + head) * (P * N) + tile, state)
 
 
-@triton.jit
+@kernel
 def states_kernel(  # type: ignore[no-untyped-def]
     x,
     b,
@@ -131,7 +133,7 @@ def states_kernel(  # type: ignore[no-untyped-def]
     )
 
 
-@triton.jit
+@kernel
 def both_states_kernel(  # type: ignore[no-untyped-def]
     x,
     b,

@@ -5,12 +5,13 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashtrain.kernels.jit import kernel
 from flashtrain.kernels.swiglu.reference import PACKING
 
 _PAIRS, _WARPS = 32, 4  # pairs of blocks of a program: 16 values of the product a thread
 
 
-@triton.jit
+@kernel
 def forward_kernel(packed, y, pairs, PAIRS: tl.constexpr, PACKING: tl.constexpr):  # type: ignore[no-untyped-def]
     """``PAIRS`` blocks of y, each out of a block of gate and the block of up behind it."""
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)[:, None]
@@ -23,7 +24,7 @@ def forward_kernel(packed, y, pairs, PAIRS: tl.constexpr, PACKING: tl.constexpr)
     tl.store(y + pair * PACKING + column, values.to(y.dtype.element_ty), mask=inside)
 
 
-@triton.jit
+@kernel
 def backward_kernel(dy, packed, d_packed, pairs, PAIRS: tl.constexpr, PACKING: tl.constexpr):  # type: ignore[no-untyped-def]
     """Both blocks of ``d_packed`` that each of ``PAIRS`` blocks of y came from."""
     pair = tl.program_id(0).to(tl.int64) * PAIRS + tl.arange(0, PAIRS)[:, None]

@@ -46,6 +46,7 @@ def _library() -> Any:
     library = ctypes.CDLL(driver())
     library.fake_stream.restype = ctypes.c_void_p
     library.fake_copy.argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint64, ctypes.c_uint64]
+    library.fake_function.restype = ctypes.c_void_p
     for name in ("fake_write", "fake_await"):
         getattr(library, name).argtypes = [ctypes.c_void_p, ctypes.c_uint64, ctypes.c_uint32]
     for name in ("fake_begin_capture", "fake_end_capture", "fake_replay", "fake_follow"):
@@ -67,6 +68,12 @@ def delay(microseconds: int, slowness: int = 1) -> None:
     On the streams of copy engines, and in some kernels, by up to ``slowness`` times as much.
     """
     _library().fake_delay(microseconds, slowness)
+
+
+def function(name: str) -> int:
+    """Handle of a kernel in miniature, as of one that somebody else has loaded."""
+    handle: int = _library().fake_function(name.encode())
+    return handle
 
 
 class Stream:
