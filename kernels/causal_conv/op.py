@@ -8,6 +8,7 @@ from torch import Tensor
 from flashtrain.errors import UserError
 from flashtrain.kernels.causal_conv import reference
 from flashtrain.kernels.layout import dense_like
+from flashtrain.kernels.operator import operator
 
 MOST_TAPS = 4  # of the kernel, which keeps that many rows in registers
 
@@ -35,7 +36,7 @@ def causal_conv(
     return y, reference.next_tail(x, weight.shape[1], tail)
 
 
-@torch.library.custom_op("flashtrain::causal_conv", mutates_args=())
+@operator("flashtrain::causal_conv")
 def conv_kernels(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None) -> Tensor:
     """``causal_conv`` by the Triton kernel: y ``[B, S, D]``."""
     from flashtrain.kernels.causal_conv import triton
@@ -48,7 +49,7 @@ def _(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None) -> Te
     return dense_like(x)
 
 
-@torch.library.custom_op("flashtrain::causal_conv_backward", mutates_args=())
+@operator("flashtrain::causal_conv_backward")
 def conv_backward_kernels(
     dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ from torch.autograd.function import once_differentiable
 
 from flashtrain.errors import UserError
 from flashtrain.kernels.embedding import reference
+from flashtrain.kernels.operator import operator
 from flashtrain.kernels.weight_gradient import WeightGradient
 
 
@@ -68,7 +69,7 @@ class _Accumulating(torch.autograd.Function):
         return None, None, None, None, None
 
 
-@torch.library.custom_op("flashtrain::embedding", mutates_args=())
+@operator("flashtrain::embedding")
 def lookup_kernels(tokens: Tensor, table: Tensor, first: int, vocabulary: int) -> Tensor:
     """``embedding`` by the Triton kernel: ``[..., H]``."""
     from flashtrain.kernels.embedding import triton
@@ -81,7 +82,7 @@ def _(tokens: Tensor, table: Tensor, first: int, vocabulary: int) -> Tensor:
     return table.new_empty(*tokens.shape, table.shape[1])
 
 
-@torch.library.custom_op("flashtrain::embedding_backward", mutates_args=())
+@operator("flashtrain::embedding_backward")
 def gradient_kernels(dy: Tensor, tokens: Tensor, first: int, rows: int) -> Tensor:
     """Gradient of the table ``[rows, H]``, given that of what was looked up, ``dy [..., H]``."""
     from flashtrain.kernels.embedding import triton

@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flashtrain.errors import UserError
 from flashtrain.kernels.gated_norm import reference
+from flashtrain.kernels.operator import operator
 
 
 def gated_norm(x: Tensor, z: Tensor, weight: Tensor, groups: int = 1, epsilon: float = 1e-5) -> Tensor:
@@ -28,7 +29,7 @@ def gated_norm(x: Tensor, z: Tensor, weight: Tensor, groups: int = 1, epsilon: f
     return norm_kernels(x, z, weight, groups, epsilon)
 
 
-@torch.library.custom_op("flashtrain::gated_norm", mutates_args=())
+@operator("flashtrain::gated_norm")
 def norm_kernels(x: Tensor, z: Tensor, weight: Tensor, groups: int, epsilon: float) -> Tensor:
     """``gated_norm`` by the Triton kernel: ``[..., D]``."""
     from flashtrain.kernels.gated_norm import triton
@@ -41,7 +42,7 @@ def _(x: Tensor, z: Tensor, weight: Tensor, groups: int, epsilon: float) -> Tens
     return torch.empty_like(x, memory_format=torch.contiguous_format)
 
 
-@torch.library.custom_op("flashtrain::gated_norm_backward", mutates_args=())
+@operator("flashtrain::gated_norm_backward")
 def norm_backward_kernels(
     dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, groups: int, epsilon: float
 ) -> tuple[Tensor, Tensor, Tensor]:

@@ -8,6 +8,7 @@ from torch import Tensor
 
 from flashtrain.errors import UserError
 from flashtrain.kernels.layout import heads_like
+from flashtrain.kernels.operator import operator
 from flashtrain.kernels.pairing_attention import reference
 from flashtrain.kernels.pairing_attention.config import MOST_PAIRS, refusal
 
@@ -36,7 +37,7 @@ def pairing_attention(
     return pairing_kernels(query, key, value, list(query_of), list(key_of), causal)
 
 
-@torch.library.custom_op("flashtrain::pairing_attention", mutates_args=())
+@operator("flashtrain::pairing_attention")
 def pairing_kernels(
     query: Tensor, key: Tensor, value: Tensor, query_of: Sequence[int], key_of: Sequence[int], causal: bool
 ) -> tuple[Tensor, Tensor]:
@@ -54,7 +55,7 @@ def _(
     return heads_like(query, len(query_of)), query.new_empty(shape, dtype=torch.float32)
 
 
-@torch.library.custom_op("flashtrain::pairing_attention_backward", mutates_args=())
+@operator("flashtrain::pairing_attention_backward")
 def pairing_backward_kernels(
     d_out: Tensor,
     d_logsumexp: Tensor | None,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flashtrain.errors import UserError
+from flashtrain.kernels.operator import operator
 from flashtrain.kernels.rms_norm import reference
 
 
@@ -41,7 +42,7 @@ def add_rms_norm(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float = 1
     return y, total
 
 
-@torch.library.custom_op("flashtrain::rms_norm", mutates_args=())
+@operator("flashtrain::rms_norm")
 def norm_kernels(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     """``rms_norm`` by the Triton kernel: ``[..., D]``."""
     from flashtrain.kernels.rms_norm import triton
@@ -54,7 +55,7 @@ def _(x: Tensor, weight: Tensor, epsilon: float) -> Tensor:
     return _dense(x)
 
 
-@torch.library.custom_op("flashtrain::add_rms_norm", mutates_args=())
+@operator("flashtrain::add_rms_norm")
 def add_norm_kernels(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tensor, Tensor]:
     """``add_rms_norm`` by the Triton kernel: ``[..., D]`` each."""
     from flashtrain.kernels.rms_norm import triton
@@ -67,7 +68,7 @@ def _(x: Tensor, residual: Tensor, weight: Tensor, epsilon: float) -> tuple[Tens
     return _dense(x), _dense(x)
 
 
-@torch.library.custom_op("flashtrain::rms_norm_backward", mutates_args=())
+@operator("flashtrain::rms_norm_backward")
 def norm_backward_kernels(
     dy: Tensor, d_total: Tensor | None, total: Tensor, weight: Tensor, epsilon: float
 ) -> tuple[Tensor, Tensor]:

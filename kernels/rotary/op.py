@@ -7,6 +7,7 @@ from torch import Tensor
 
 from flashtrain.errors import UserError
 from flashtrain.kernels.layout import empty_heads
+from flashtrain.kernels.operator import operator
 from flashtrain.kernels.rotary import reference
 
 
@@ -33,7 +34,7 @@ def rotary_qkv(
     return query, key, value
 
 
-@torch.library.custom_op("flashtrain::rotary_qkv", mutates_args=())
+@operator("flashtrain::rotary_qkv")
 def rotary_kernels(
     packed: Tensor, table: Tensor, units: int, queries: int, keys: int, values: int
 ) -> tuple[Tensor, Tensor, Tensor]:
@@ -53,7 +54,7 @@ def _(
     return query, key, value
 
 
-@torch.library.custom_op("flashtrain::rotary_qkv_backward", mutates_args=())
+@operator("flashtrain::rotary_qkv_backward")
 def rotary_backward_kernels(
     d_query: Tensor, d_key: Tensor, d_value: Tensor, table: Tensor, units: int
 ) -> Tensor:

@@ -8,6 +8,7 @@ from torch.nn.functional import silu
 
 from flashtrain.errors import UserError
 from flashtrain.kernels.layout import dense_like
+from flashtrain.kernels.operator import operator
 from flashtrain.kernels.ssd import reference
 from flashtrain.kernels.ssd.config import refusal
 
@@ -44,7 +45,7 @@ def ssd(
     return (y if z is None else y * silu(z)), final
 
 
-@torch.library.custom_op("flashtrain::ssd", mutates_args=())
+@operator("flashtrain::ssd")
 def ssd_kernels(
     x: Tensor,
     dt: Tensor,
@@ -66,7 +67,7 @@ def _(x: Tensor, dt: Tensor, A: Tensor, B: Tensor, *_: Any) -> tuple[Tensor, Ten
     return dense_like(x), _state_like(x, B)
 
 
-@torch.library.custom_op("flashtrain::ssd_backward", mutates_args=())
+@operator("flashtrain::ssd_backward")
 def ssd_backward_kernels(
     dy: Tensor,
     d_final: Tensor | None,

@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from flashtrain.errors import UserError
+from flashtrain.kernels.operator import operator
 from flashtrain.kernels.swiglu import reference
 from flashtrain.kernels.swiglu.reference import PACKING
 
@@ -28,7 +29,7 @@ def swiglu(packed: Tensor) -> Tensor:
     return y
 
 
-@torch.library.custom_op("flashtrain::swiglu", mutates_args=())
+@operator("flashtrain::swiglu")
 def swiglu_kernels(packed: Tensor) -> Tensor:
     """``swiglu`` by the Triton kernel: ``[..., 2·width]`` -> ``[..., width]``."""
     from flashtrain.kernels.swiglu import triton
@@ -41,7 +42,7 @@ def _(packed: Tensor) -> Tensor:
     return packed.new_empty(*packed.shape[:-1], packed.shape[-1] // 2)
 
 
-@torch.library.custom_op("flashtrain::swiglu_backward", mutates_args=())
+@operator("flashtrain::swiglu_backward")
 def swiglu_backward_kernels(dy: Tensor, packed: Tensor) -> Tensor:
     """Gradient of ``packed [..., 2·width]``, in its packing, given that of the product ``[..., width]``."""
     from flashtrain.kernels.swiglu import triton

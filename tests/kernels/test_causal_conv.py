@@ -65,8 +65,8 @@ def test_kernels_keep_the_memory_order_of_x_and_take_slices() -> None:
 
 def test_the_op_passes_opcheck() -> None:
     given = inputs(5, 4, True, torch.float32)
-    torch.library.opcheck(op.conv_kernels, tuple(t.requires_grad_() for t in given))
-    torch.library.opcheck(op.conv_kernels, (*given[:2], None, None), test_utils=("test_faketensor",))
+    torch.library.opcheck(op.conv_kernels.traced, tuple(t.requires_grad_() for t in given))
+    torch.library.opcheck(op.conv_kernels.traced, (*given[:2], None, None), test_utils=("test_faketensor",))
 
 
 @pytest.mark.parametrize("cuts", [[5], [1, 2], [1, 2, 3, 4], [8]])

@@ -157,11 +157,13 @@ def test_attention_takes_the_heads_and_keeps_the_sequence_first(backend: str) ->
 
 def test_the_ops_pass_opcheck() -> None:
     x, residual, weight = (random(*shape).requires_grad_() for shape in ((5, 64), (5, 64), (64,)))
-    torch.library.opcheck(norm.norm_kernels, (x, weight, EPSILON))
-    torch.library.opcheck(norm.add_norm_kernels, (x, residual, weight, EPSILON))
-    torch.library.opcheck(swiglu.swiglu_kernels, (random(5, 256).requires_grad_(),))
+    torch.library.opcheck(norm.norm_kernels.traced, (x, weight, EPSILON))
+    torch.library.opcheck(norm.add_norm_kernels.traced, (x, residual, weight, EPSILON))
+    torch.library.opcheck(swiglu.swiglu_kernels.traced, (random(5, 256).requires_grad_(),))
     table = rotary_table(5, 8, 10_000.0, x.device)
-    torch.library.opcheck(rotary.rotary_kernels, (random(5, 2, 96).requires_grad_(), table, 3, 2, 1, 1))
+    torch.library.opcheck(
+        rotary.rotary_kernels.traced, (random(5, 2, 96).requires_grad_(), table, 3, 2, 1, 1)
+    )
 
 
 def test_a_decoder_equals_itself_in_fp64() -> None:

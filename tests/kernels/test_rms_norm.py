@@ -120,8 +120,8 @@ def test_the_backward_kernel_takes_slices_of_each_row() -> None:
 
 def test_the_ops_pass_opcheck() -> None:
     x, residual, weight = (t.requires_grad_() for t in inputs(3, 32, torch.float32))
-    torch.library.opcheck(op.norm_kernels, (x, weight, EPSILON))
-    torch.library.opcheck(op.add_norm_kernels, (x, residual, weight, EPSILON))
+    torch.library.opcheck(op.norm_kernels.traced, (x, weight, EPSILON))
+    torch.library.opcheck(op.add_norm_kernels.traced, (x, residual, weight, EPSILON))
 
 
 @pytest.mark.parametrize("width", [64, 4096, 5120, 16384])

@@ -149,8 +149,10 @@ def test_the_op_passes_opcheck(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(kernels, "forward_config", lambda dtype: FORWARD)
     monkeypatch.setattr(kernels, "backward_config", lambda dtype: BACKWARD)
     given: list[Any] = [t.requires_grad_() for t in inputs(1, 17, 2, 1, torch.float32)]
-    torch.library.opcheck(op.ssd_kernels, tuple(given))
-    torch.library.opcheck(op.ssd_kernels, (*given[:5], None, None, None), test_utils=("test_faketensor",))
+    torch.library.opcheck(op.ssd_kernels.traced, tuple(given))
+    torch.library.opcheck(
+        op.ssd_kernels.traced, (*given[:5], None, None, None), test_utils=("test_faketensor",)
+    )
 
 
 def test_autograd_of_the_op_equals_the_reference(monkeypatch: pytest.MonkeyPatch) -> None:
