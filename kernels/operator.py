@@ -12,10 +12,10 @@ _PLAIN = frozenset({Tensor, Parameter, int, float, bool, list, tuple, type(None)
 
 
 class Operator:
-    """A function of tensors that launches kernels, and the operator ``name`` that stands for it.
+    """A function that launches kernels, of a tensor and more, and the operator ``name`` that stands for it.
 
-    ``traced`` is the operator, for what has to see one: compilers, tensors with a class of their own, modes
-    (as that of selective checkpoints) and transforms. In eager code the dispatcher's layers in Python would
+    ``traced`` is the operator, for what has to see one: compilers, tensors with a class of their own or
+    without data, modes (as that of selective checkpoints) and transforms. In eager code the dispatcher's layers in Python would
     cost more than the kernels often do, so the function is called at once there, inside one autograd function
     where it has a gradient. Results are the same bits.
     """
@@ -65,4 +65,5 @@ def _seen(given: tuple[Any, ...]) -> bool:
         not _PLAIN.issuperset(map(type, given))
         or torch._C._len_torch_dispatch_stack() > 0
         or torch._C._are_functorch_transforms_active()
+        or given[0].is_meta
     )
