@@ -15,9 +15,9 @@ class Operator:
     """A function that launches kernels, of a tensor and more, and the operator ``name`` that stands for it.
 
     ``traced`` is the operator, for what has to see one: compilers, tensors with a class of their own or
-    without data, modes (as that of selective checkpoints) and transforms. In eager code the dispatcher's layers in Python would
-    cost more than the kernels often do, so the function is called at once there, inside one autograd function
-    where it has a gradient. Results are the same bits.
+    without data, modes (as that of selective checkpoints) and transforms. In eager code the dispatcher's
+    layers in Python would cost more than the kernels often do, so the function is called at once there,
+    inside one autograd function where it has a gradient. Results are the same bits.
     """
 
     def __init__(self, name: str, run: Callable[..., Any]) -> None:
