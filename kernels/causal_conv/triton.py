@@ -11,6 +11,7 @@ from torch import Tensor
 
 from flashtrain.kernels.jit import kernel
 from flashtrain.kernels.layout import dense_like
+from flashtrain.kernels.sizes import cdiv
 
 _ROWS, _COLUMNS = 32, 128
 _BACKWARD_ROWS, _BACKWARD_COLUMNS = 64, 256
@@ -226,7 +227,7 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None)
     """See ``reference.causal_conv``: x ``[B, S, D]``, of any strides -> y ``[B, S, D]``."""
     batch, sequence, width = x.shape
     x, y = _columns(x), dense_like(x)
-    grid = (triton.cdiv(width, _COLUMNS), triton.cdiv(sequence, _ROWS), batch)
+    grid = (cdiv(width, _COLUMNS), cdiv(sequence, _ROWS), batch)
     forward_kernel[grid](
         x,
         weight.contiguous(),
@@ -255,10 +256,10 @@ def backward(
     taps = weight.shape[1]
     x, dy, dx = _columns(x), _columns(dy), dense_like(x)
     d_tail = None if tail is None else torch.empty_like(tail, memory_format=torch.contiguous_format)
-    blocks = triton.cdiv(sequence, _BACKWARD_ROWS)
+    blocks = cdiv(sequence, _BACKWARD_ROWS)
     d_weight = x.new_empty(batch, blocks, taps, width, dtype=torch.float32)
     d_bias = x.new_empty(batch, blocks, width, dtype=torch.float32)
-    backward_kernel[(triton.cdiv(width, _BACKWARD_COLUMNS), blocks, batch)](
+    backward_kernel[(cdiv(width, _BACKWARD_COLUMNS), blocks, batch)](
         x,
         weight.contiguous(),
         bias,

@@ -1,12 +1,12 @@
 """Cross-entropy of a chunk of logits: one pass for its statistics, one that writes its gradient in place."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from flashtrain.kernels.cross_entropy.reference import IGNORED
 from flashtrain.kernels.jit import kernel
+from flashtrain.kernels.sizes import cdiv, next_power_of_2
 
 _READ, _WRITTEN = 8192, 4096  # columns of a block
 _LOWEST = torch.finfo(torch.float32).min
@@ -87,7 +87,7 @@ def statistics(logits: Tensor, targets: Tensor, first: int) -> Tensor:
     rows, width = logits.shape
     numbers = torch.empty(3, rows, dtype=torch.float32, device=logits.device)
     if rows:
-        block = min(_READ, triton.next_power_of_2(width))
+        block = min(_READ, next_power_of_2(width))
         statistics_kernel[(rows,)](
             logits,
             targets,
@@ -110,8 +110,8 @@ def slopes_(
     rows, width = logits.shape
     losses = torch.empty(rows, dtype=torch.float32, device=logits.device)
     if rows:
-        block = min(_WRITTEN, triton.next_power_of_2(width))
-        slopes_kernel[(rows, triton.cdiv(width, block))](
+        block = min(_WRITTEN, next_power_of_2(width))
+        slopes_kernel[(rows, cdiv(width, block))](
             logits,
             targets,
             everyone,

@@ -8,12 +8,12 @@ little more than others, as its pieces are summed side by side.
 """
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from flashtrain.kernels.jit import kernel
 from flashtrain.kernels.layout import rows_of
+from flashtrain.kernels.sizes import cdiv, next_power_of_2
 
 PIECE = 64
 _COLUMNS, _WARPS = 2048, 4  # of a row, a program's: 16 values a thread
@@ -168,8 +168,8 @@ def forward(
     rows, width = held.shape
     y = table.new_empty(*tokens.shape, width)
     if y.numel():
-        columns = min(columns, triton.next_power_of_2(width))
-        lookup_kernel[(tokens.numel() * triton.cdiv(width, columns),)](
+        columns = min(columns, next_power_of_2(width))
+        lookup_kernel[(tokens.numel() * cdiv(width, columns),)](
             tokens.contiguous(),
             held,
             y,
@@ -204,18 +204,18 @@ def backward(
     positions = tokens.numel()
     if not slopes.numel():
         return
-    searched = (triton.cdiv(positions, _SEARCHED),)
+    searched = (cdiv(positions, _SEARCHED),)
     keys = torch.empty(positions, dtype=torch.int32, device=dy.device)
     keys_kernel[searched](tokens.contiguous(), keys, positions, first, rows, BLOCK=_SEARCHED, num_warps=4)
     keys, order = torch.sort(keys, stable=True)
     begins, ends = torch.empty_like(keys), torch.empty_like(keys)
     steps = positions.bit_length()
     runs_kernel[searched](keys, begins, ends, positions, steps, BLOCK=_SEARCHED, num_warps=4)
-    blocks = triton.cdiv(positions, PIECE)
+    blocks = cdiv(positions, PIECE)
     several = positions > PIECE
     partial = torch.empty(2 * blocks if several else 0, width, dtype=torch.float32, device=dy.device)
-    columns = min(columns, triton.next_power_of_2(width))
-    pieces_kernel[(positions * triton.cdiv(width, columns),)](
+    columns = min(columns, next_power_of_2(width))
+    pieces_kernel[(positions * cdiv(width, columns),)](
         slopes,
         order,
         keys,
@@ -233,8 +233,8 @@ def backward(
         num_warps=warps,
     )
     if several:
-        columns = min(_FINISH_COLUMNS, triton.next_power_of_2(width))
-        finish_kernel[(blocks, triton.cdiv(width, columns))](
+        columns = min(_FINISH_COLUMNS, next_power_of_2(width))
+        finish_kernel[(blocks, cdiv(width, columns))](
             keys,
             begins,
             ends,

@@ -1,12 +1,12 @@
 """Gate and RMSNorm in one pass each way; nothing is kept between the passes but the inputs."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from flashtrain.kernels.jit import kernel
 from flashtrain.kernels.layout import rows_of
+from flashtrain.kernels.sizes import next_power_of_2, processors
 
 _BLOCKS_PER_PROCESSOR = 4
 
@@ -86,7 +86,7 @@ def forward(x: Tensor, z: Tensor, weight: Tensor, groups: int, epsilon: float) -
         epsilon,
         flat.stride(0),
         gate.stride(0),
-        BLOCK=triton.next_power_of_2(size),
+        BLOCK=next_power_of_2(size),
         num_warps=_warps(size),
     )
     return y
@@ -116,17 +116,17 @@ def backward(
         flat.stride(0),
         gate.stride(0),
         slope.stride(0),
-        BLOCK=triton.next_power_of_2(size),
+        BLOCK=next_power_of_2(size),
         num_warps=_warps(size),
     )
     return dx, dz, d_weight.sum(0).to(weight.dtype)
 
 
 def _warps(size: int) -> int:
-    return min(16, max(1, triton.next_power_of_2(size) // 512))
+    return min(16, max(1, next_power_of_2(size) // 512))
 
 
 def _blocks(device: torch.device) -> int:
     if device.type != "cuda":
         return 4
-    return _BLOCKS_PER_PROCESSOR * torch.cuda.get_device_properties(device).multi_processor_count
+    return _BLOCKS_PER_PROCESSOR * processors(device)

@@ -6,14 +6,15 @@ square is computed again in the backward pass: nothing but the sum is kept.
 """
 
 from dataclasses import dataclass
+from functools import cache, cached_property
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from flashtrain.kernels.jit import kernel
 from flashtrain.kernels.layout import rows_of
+from flashtrain.kernels.sizes import cdiv, next_power_of_2, processors
 
 # Of a Hopper processor; of the shared memory, what is left beside the sums over a row.
 _REGISTERS, _SHARED_BYTES = 65536, 216 * 1024
@@ -28,7 +29,7 @@ class Launch:
     blocks: int
     stages: int
 
-    @property
+    @cached_property
     def registers(self) -> int:
         """The most that a thread may take if all blocks are to be on the processor at once."""
         return min(255, _REGISTERS // (self.blocks * self.warps * 32) // 8 * 8)
@@ -141,7 +142,7 @@ def forward(
         0 if added is None else added.stride(0),
         ADD=added is not None,
         STAGES=launch.stages,
-        BLOCK=triton.next_power_of_2(width),
+        BLOCK=next_power_of_2(width),
         num_warps=launch.warps,
         maxnreg=launch.registers,
     )
@@ -179,12 +180,12 @@ def backward(
         rows.stride(0),
         ADD=straight is not None,
         STAGES=launch.stages,
-        BLOCK=triton.next_power_of_2(width),
+        BLOCK=next_power_of_2(width),
         num_warps=launch.warps,
         maxnreg=launch.registers,
     )
     d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    finish_kernel[(triton.cdiv(width, _FINISH_COLUMNS),)](
+    finish_kernel[(cdiv(width, _FINISH_COLUMNS),)](
         parts, d_weight, blocks, width, ROWS=_FINISH_ROWS, COLUMNS=_FINISH_COLUMNS, num_warps=4
     )
     return dx, d_weight
@@ -200,9 +201,10 @@ def backward_launch(width: int, itemsize: int, add: bool) -> Launch:
     return _launch(width, 3 if itemsize == 2 else 2, itemsize * (2 + add))
 
 
+@cache
 def _launch(width: int, blocks: int, bytes_a_column: int) -> Launch:
     """A launch that has ``blocks`` blocks of 4096 columns at a time on a processor, or as much of others."""
-    columns = triton.next_power_of_2(width)
+    columns = next_power_of_2(width)
     blocks = max(1, blocks * 4096 // max(512, columns))
     ahead = min(2, _SHARED_BYTES // (blocks * columns * bytes_a_column))
     return Launch(min(16, max(1, columns // 512)), blocks, 1 + ahead)
@@ -212,5 +214,4 @@ def _blocks(rows: Tensor, launch: Launch) -> int:
     """Blocks of a launch; how many there are decides the order in which the weight's gradient is summed."""
     if rows.device.type != "cuda":
         return min(rows.shape[0], 4)
-    processors = torch.cuda.get_device_properties(rows.device).multi_processor_count
-    return min(rows.shape[0], processors * launch.blocks)
+    return min(rows.shape[0], processors(rows.device) * launch.blocks)

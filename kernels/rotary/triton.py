@@ -10,6 +10,7 @@ from torch import Tensor
 
 from flashtrain.kernels.jit import kernel
 from flashtrain.kernels.layout import empty_heads, rows_of
+from flashtrain.kernels.sizes import cdiv, next_power_of_2
 
 _PAIRS, _WARPS = 1024, 4  # pairs of a program: 8 a thread
 
@@ -165,7 +166,7 @@ def forward(
     )
     rows, table = rows_of(packed), _last_dense(table)
     tile = _tile(units * (queries + keys + values), table.shape[2] // 2, pairs)
-    forward_kernel[(rows.shape[0], triton.cdiv(units * (queries + keys + values), tile["HEADS"]))](
+    forward_kernel[(rows.shape[0], cdiv(units * (queries + keys + values), tile["HEADS"]))](
         rows,
         table,
         query,
@@ -201,7 +202,7 @@ def backward(
     d_packed = d_query.new_empty(sequence, batch, heads * width)
     table = _last_dense(table)
     tile = _tile(heads, width // 2, pairs)
-    backward_kernel[(sequence * batch, triton.cdiv(heads, tile["HEADS"]))](
+    backward_kernel[(sequence * batch, cdiv(heads, tile["HEADS"]))](
         *slopes,
         table,
         d_packed,
@@ -219,11 +220,11 @@ def backward(
 
 
 def _tile(heads: int, half: int, pairs: int) -> dict[str, int]:
-    columns = triton.next_power_of_2(half)
+    columns = next_power_of_2(half)
     return {
         "HALF": half,
         "COLUMNS": columns,
-        "HEADS": min(triton.next_power_of_2(heads), max(1, pairs // columns)),
+        "HEADS": min(next_power_of_2(heads), max(1, pairs // columns)),
     }
 
 

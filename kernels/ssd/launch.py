@@ -1,11 +1,9 @@
 """What the passes forward and backward share: sizes, inputs as the kernels take them, launches."""
 
-from functools import cache
-
 import torch
-import triton
 from torch import Tensor
 
+from flashtrain.kernels.sizes import cdiv, processors
 from flashtrain.kernels.ssd.config import Backward, Scan
 from flashtrain.kernels.ssd.decay import decay_kernel
 from flashtrain.kernels.ssd.group import group_gradient_kernel
@@ -20,7 +18,7 @@ class Pass:
     def __init__(self, x: Tensor, dt: Tensor, B: Tensor, C: Tensor, scan: Scan) -> None:
         self.batch, self.sequence, self.heads, self.width = x.shape
         self.groups, self.states = B.shape[2:]
-        self.chunks = triton.cdiv(self.sequence, scan.chunk)
+        self.chunks = cdiv(self.sequence, scan.chunk)
         self.padded = self.chunks * scan.chunk
         self.per_group = self.heads // self.groups
         self.scan, self.device = scan, x.device
@@ -38,7 +36,7 @@ class Pass:
     def decay(self, A: Tensor, dt_bias: Tensor | None) -> tuple[Tensor, Tensor]:
         """Δ and its running sums, ``[B, H, chunks · Q]``."""
         delta, total = (self.empty(self.batch, self.heads, self.padded) for _ in range(2))
-        decay_kernel[(self.chunks, triton.cdiv(self.heads, DECAY_HEADS), self.batch)](
+        decay_kernel[(self.chunks, cdiv(self.heads, DECAY_HEADS), self.batch)](
             self.dt,
             dt_bias,
             A,
@@ -59,7 +57,7 @@ class Pass:
         """Columns of the state of a block of the scan: fewer where blocks would not fill the GPU."""
         columns = min(self.scan.columns, self.states)
         blocks = directions * self.batch * self.heads * (self.states // columns)
-        few = blocks * 2 < 3 * _processors(self.device) and columns >= 64
+        few = blocks * 2 < 3 * processors(self.device) and columns >= 64
         return columns // 2 if few else columns
 
     def borders(self) -> Tensor:
@@ -183,9 +181,3 @@ def rows_of(x: Tensor) -> Tensor:
     """``x [B, S, H, P]`` with H·P contiguous values a token; batch and sequence may have any stride."""
     packed = x.stride(3) == 1 and (x.shape[2] == 1 or x.stride(2) == x.shape[3])
     return x if packed else x.contiguous()
-
-
-@cache
-def _processors(device: torch.device) -> int:
-    on_gpu = device.type == "cuda"  # not so in Triton's interpreter
-    return torch.cuda.get_device_properties(device).multi_processor_count if on_gpu else 1

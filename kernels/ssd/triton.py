@@ -17,10 +17,10 @@ sum has one order, so results are the same bits again.
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 
 from flashtrain.kernels.layout import dense_like
+from flashtrain.kernels.sizes import cdiv
 from flashtrain.kernels.ssd.backward import inputs_gradient_kernel
 from flashtrain.kernels.ssd.config import Backward, Forward, backward_config, forward_config
 from flashtrain.kernels.ssd.decay import decay_backward_kernel
@@ -153,7 +153,7 @@ def backward(
     dB = shape.group_gradient(shape.x, shape.B, shape.C, *shared, of_b=True, config=config)
     dC = shape.group_gradient(dy, shape.C, shape.B, *shared, of_b=False, config=config)
     d_dt = dense_like(shape.dt)
-    decay_backward_kernel[(shape.chunks, triton.cdiv(shape.heads, DECAY_HEADS), shape.batch)](
+    decay_backward_kernel[(shape.chunks, cdiv(shape.heads, DECAY_HEADS), shape.batch)](
         shape.dt,
         dt_bias,
         A,

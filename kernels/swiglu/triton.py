@@ -1,11 +1,11 @@
 """SwiGLU's product on packed gate and up: every value is read once and written once, each way."""
 
 import torch
-import triton
 import triton.language as tl
 from torch import Tensor
 
 from flashtrain.kernels.jit import kernel
+from flashtrain.kernels.sizes import cdiv
 from flashtrain.kernels.swiglu.reference import PACKING
 
 _PAIRS, _WARPS = 32, 4  # pairs of blocks of a program: 16 values of the product a thread
@@ -45,7 +45,7 @@ def forward(packed: Tensor, pairs: int = _PAIRS, warps: int = _WARPS) -> Tensor:
     """See ``reference.swiglu``: ``packed [..., 2·width]`` -> ``[..., width]``."""
     y = packed.new_empty(*packed.shape[:-1], packed.shape[-1] // 2)
     blocks = y.numel() // PACKING
-    forward_kernel[(triton.cdiv(blocks, pairs),)](
+    forward_kernel[(cdiv(blocks, pairs),)](
         packed.contiguous(), y, blocks, PAIRS=pairs, PACKING=PACKING, num_warps=warps
     )
     return y
@@ -55,7 +55,7 @@ def backward(dy: Tensor, packed: Tensor, pairs: int = _PAIRS, warps: int = _WARP
     """The gradient of ``packed [..., 2·width]``, given that of the product ``[..., width]``."""
     d_packed = torch.empty_like(packed, memory_format=torch.contiguous_format)
     blocks = dy.numel() // PACKING
-    backward_kernel[(triton.cdiv(blocks, pairs),)](
+    backward_kernel[(cdiv(blocks, pairs),)](
         dy.contiguous(), packed.contiguous(), d_packed, blocks, PAIRS=pairs, PACKING=PACKING, num_warps=warps
     )
     return d_packed
