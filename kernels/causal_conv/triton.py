@@ -9,6 +9,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
+from flashtrain.kernels.column_sums import column_sums
 from flashtrain.kernels.jit import kernel
 from flashtrain.kernels.layout import dense_like
 from flashtrain.kernels.sizes import cdiv
@@ -133,8 +134,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     dy,
     dx,
     d_tail,
-    d_weight,
-    d_bias,
+    sums,
     sequence,
     width,
     x_batch,
@@ -149,7 +149,8 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     BT: tl.constexpr,
     BD: tl.constexpr,
 ):
-    """``BT`` rows of dx in order of time, block 0 also the tail's gradient; parts of dweight and dbias.
+    """``BT`` rows of dx in order of time, block 0 also the tail's gradient; ``sums`` has parts of
+    dweight, tap by tap, and of dbias.
 
     A thread keeps its columns: the last three inputs and slopes are in registers, every row is read once, and
     nothing is added across threads. Rows are loaded two steps ahead, since a load may not pass a store.
@@ -210,17 +211,16 @@ def backward_kernel(  # type: ignore[no-untyped-def]
             tl.store(d_tail + place, gradient.to(d_tail.dtype.element_ty), mask=here)
         x3, x2, x1 = x2, x1, x0
         g3, g2, g1 = g2, g1, g0
-    parts = (batch * tl.num_programs(1) + block) * width
-    if HAS_BIAS:
-        tl.store(d_bias + parts + column, db, mask=inside)
-    d_weight += parts * TAPS + column
-    tl.store(d_weight + (TAPS - 1) * width, dw0, mask=inside)
+    sums += (batch * tl.num_programs(1) + block) * width * (TAPS + HAS_BIAS) + column
+    tl.store(sums + (TAPS - 1) * width, dw0, mask=inside)
     if TAPS > 1:
-        tl.store(d_weight + (TAPS - 2) * width, dw1, mask=inside)
+        tl.store(sums + (TAPS - 2) * width, dw1, mask=inside)
     if TAPS > 2:
-        tl.store(d_weight + (TAPS - 3) * width, dw2, mask=inside)
+        tl.store(sums + (TAPS - 3) * width, dw2, mask=inside)
     if TAPS > 3:
-        tl.store(d_weight, dw3, mask=inside)
+        tl.store(sums, dw3, mask=inside)
+    if HAS_BIAS:
+        tl.store(sums + TAPS * width, db, mask=inside)
 
 
 def forward(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None) -> Tensor:
@@ -257,8 +257,7 @@ def backward(
     x, dy, dx = _columns(x), _columns(dy), dense_like(x)
     d_tail = None if tail is None else torch.empty_like(tail, memory_format=torch.contiguous_format)
     blocks = cdiv(sequence, _BACKWARD_ROWS)
-    d_weight = x.new_empty(batch, blocks, taps, width, dtype=torch.float32)
-    d_bias = x.new_empty(batch, blocks, width, dtype=torch.float32)
+    sums = x.new_empty(batch, blocks, taps + (bias is not None), width, dtype=torch.float32)
     backward_kernel[(cdiv(width, _BACKWARD_COLUMNS), blocks, batch)](
         x,
         weight.contiguous(),
@@ -267,8 +266,7 @@ def backward(
         dy,
         dx,
         d_tail,
-        d_weight,
-        d_bias,
+        sums,
         sequence,
         width,
         *x.stride()[:2],
@@ -281,12 +279,10 @@ def backward(
         BD=_BACKWARD_COLUMNS,
         num_warps=4,
     )
-    return (
-        dx,
-        d_weight.sum((0, 1)).t().to(weight.dtype),
-        None if bias is None else d_bias.sum((0, 1)).to(bias.dtype),
-        d_tail,
-    )
+    d_weight = weight.new_empty(taps, width)
+    d_bias = None if bias is None else bias.new_empty(width)
+    column_sums(sums, d_weight, *(() if d_bias is None else (d_bias,)))
+    return dx, d_weight.t(), d_bias, d_tail
 
 
 def _columns(x: Tensor) -> Tensor:

@@ -4,6 +4,7 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from flashtrain.kernels.column_sums import column_sums
 from flashtrain.kernels.jit import kernel
 from flashtrain.kernels.layout import rows_of
 from flashtrain.kernels.sizes import next_power_of_2, processors
@@ -100,7 +101,7 @@ def backward(
     dx, dz = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, z))
     size = x.shape[-1] // groups
     blocks = min(flat.shape[0], _blocks(x.device))
-    d_weight = torch.empty(blocks, x.shape[-1], dtype=torch.float32, device=x.device)
+    parts = torch.empty(blocks, x.shape[-1], dtype=torch.float32, device=x.device)
     backward_kernel[(blocks, groups)](
         flat,
         gate,
@@ -108,7 +109,7 @@ def backward(
         slope,
         dx,
         dz,
-        d_weight,
+        parts,
         flat.shape[0],
         size,
         groups,
@@ -119,7 +120,9 @@ def backward(
         BLOCK=next_power_of_2(size),
         num_warps=_warps(size),
     )
-    return dx, dz, d_weight.sum(0).to(weight.dtype)
+    d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
+    column_sums(parts, d_weight)
+    return dx, dz, d_weight
 
 
 def _warps(size: int) -> int:

@@ -12,13 +12,13 @@ import torch
 import triton.language as tl
 from torch import Tensor
 
+from flashtrain.kernels.column_sums import column_sums
 from flashtrain.kernels.jit import kernel
 from flashtrain.kernels.layout import rows_of
-from flashtrain.kernels.sizes import cdiv, next_power_of_2, processors
+from flashtrain.kernels.sizes import next_power_of_2, processors
 
 # Of a Hopper processor; of the shared memory, what is left beside the sums over a row.
 _REGISTERS, _SHARED_BYTES = 65536, 216 * 1024
-_FINISH_ROWS, _FINISH_COLUMNS = 64, 32
 
 
 @dataclass(frozen=True)
@@ -105,20 +105,6 @@ def backward_kernel(  # type: ignore[no-untyped-def]
     tl.store(d_weight + tl.program_id(0).to(tl.int64) * width + place, gathered, mask=inside)
 
 
-@kernel
-def finish_kernel(parts, d_weight, blocks, width, ROWS: tl.constexpr, COLUMNS: tl.constexpr):  # type: ignore[no-untyped-def]
-    """``d_weight`` = the sum over blocks of ``parts [blocks, width]``, always in the same order."""
-    column = tl.program_id(0) * COLUMNS + tl.arange(0, COLUMNS)
-    inside = column < width
-    gathered = tl.zeros((ROWS, COLUMNS), dtype=tl.float32)
-    for first in range(0, blocks, ROWS):
-        row = first + tl.arange(0, ROWS)
-        place = row.to(tl.int64)[:, None] * width + column[None, :]
-        gathered += tl.load(parts + place, mask=(row < blocks)[:, None] & inside[None, :], other=0.0)
-    found = tl.sum(gathered, axis=0)
-    tl.store(d_weight + column, found.to(d_weight.dtype.element_ty), mask=inside)
-
-
 def forward(
     x: Tensor, residual: Tensor | None, weight: Tensor, epsilon: float, launch: Launch | None = None
 ) -> tuple[Tensor, Tensor]:
@@ -185,9 +171,7 @@ def backward(
         maxnreg=launch.registers,
     )
     d_weight = torch.empty_like(weight, memory_format=torch.contiguous_format)
-    finish_kernel[(cdiv(width, _FINISH_COLUMNS),)](
-        parts, d_weight, blocks, width, ROWS=_FINISH_ROWS, COLUMNS=_FINISH_COLUMNS, num_warps=4
-    )
+    column_sums(parts, d_weight)
     return dx, d_weight
 
 

@@ -71,9 +71,7 @@ def decay_backward_kernel(  # type: ignore[no-untyped-def]
     through,
     d_out_x,
     d_raw,
-    d_rate,
-    d_bias,
-    d_skip,
+    sums,
     sequence,
     padded,
     heads,
@@ -87,7 +85,7 @@ def decay_backward_kernel(  # type: ignore[no-untyped-def]
     SOFTPLUS: tl.constexpr,
     SKIP: tl.constexpr,
 ):
-    """Gradients of the raw steps, and of A, the bias and D per chunk, from sums over paths of the decay.
+    """Gradients of the raw steps, and ``sums`` of those of A, the bias and D, from sums over paths.
 
     The log decay of step t lies on every path from a write before t to a read at or after t, so its gradient
     is the sum over these paths. ``at_read`` holds at τ the paths inside the chunk that end there less those
@@ -125,9 +123,9 @@ def decay_backward_kernel(  # type: ignore[no-untyped-def]
         d_step.to(d_raw.dtype.element_ty),
         mask=inside,
     )
-    sums = (batch * chunks + chunk) * heads + head
-    tl.store(d_rate + sums, tl.sum(d_log * step, axis=0), mask=head < heads)
-    tl.store(d_bias + sums, tl.sum(d_step, axis=0), mask=head < heads)
+    sums += (batch * chunks + chunk) * (3 * heads) + head
+    tl.store(sums, tl.sum(d_log * step, axis=0), mask=head < heads)
+    tl.store(sums + heads, tl.sum(d_step, axis=0), mask=head < heads)
     if SKIP:
         products = tl.load(d_out_x + place, mask=known, other=0.0)
-        tl.store(d_skip + sums, tl.sum(products, axis=0), mask=head < heads)
+        tl.store(sums + 2 * heads, tl.sum(products, axis=0), mask=head < heads)

@@ -8,7 +8,7 @@ and backward, after ``decay`` and ``states`` again, the latter with the gradient
 
     inputs     dx, chunk by chunk
     group      dB and dC, summed over the heads of a group
-    decay back ddt, dA and the gradient of the bias, from sums over paths that the two before have left
+    decay back ddt, dA and the gradients of D and the bias, from sums over paths that the two before have left
 
 States at the borders are kept in x's dtype; carried states, sums and gradients of states in fp32. Every
 sum has one order, so results are the same bits again.
@@ -19,6 +19,7 @@ from typing import NamedTuple
 import torch
 from torch import Tensor
 
+from flashtrain.kernels.column_sums import column_sums
 from flashtrain.kernels.layout import dense_like
 from flashtrain.kernels.sizes import cdiv
 from flashtrain.kernels.ssd.backward import inputs_gradient_kernel
@@ -114,8 +115,9 @@ def backward(
     states, d_states, d_initial = shape.carry_both(dy, delta, total, start, d_end)
     shares = shape.heads // heads
     mixed = x.new_empty(shape.batch, shape.chunks, shares, config.scan.chunk, config.scan.chunk)
-    at_read, before, at_write, within, d_out_x = (torch.empty_like(delta) for _ in range(5))
-    through, dA, d_bias, dD = (shape.empty(shape.batch, shape.chunks, shape.heads) for _ in range(4))
+    at_read, before, at_write, within, d_out_x = delta.new_empty(5, *delta.shape).unbind()
+    through = shape.empty(shape.batch, shape.chunks, shape.heads)
+    sums = shape.empty(shape.batch, shape.chunks, 3, shape.heads)
     inputs_gradient_kernel[(shape.chunks, shares, shape.batch)](
         shape.x,
         shape.B,
@@ -165,9 +167,7 @@ def backward(
         through,
         d_out_x,
         d_dt,
-        dA,
-        d_bias,
-        dD,
+        sums,
         shape.sequence,
         shape.padded,
         shape.heads,
@@ -180,14 +180,8 @@ def backward(
         SKIP=D is not None,
         num_warps=4,
     )
-
+    dA, d_bias, dD = (torch.empty_like(A if t is None else t) for t in (A, dt_bias, D))
+    column_sums(sums, dA, d_bias, dD)
     return Gradients(
-        dx,
-        d_dt,
-        dA.sum((0, 1)).to(A.dtype),
-        dB,
-        dC,
-        None if D is None else dD.sum((0, 1)).to(D.dtype),
-        None if dt_bias is None else d_bias.sum((0, 1)).to(dt_bias.dtype),
-        d_initial,
+        dx, d_dt, dA, dB, dC, None if D is None else dD, None if dt_bias is None else d_bias, d_initial
     )

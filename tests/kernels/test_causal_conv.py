@@ -107,9 +107,9 @@ from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
 from flashtrain.kernels.causal_conv.triton import backward_kernel as kernel
 
-pointers = {"x", "weight", "dy", "dx", "d_weight"}
+pointers = {"x", "weight", "dy", "dx", "sums"}
 given = {"TAPS": 4, "HAS_BIAS": False, "HAS_TAIL": False, "BT": 64, "BD": 256}
-given |= dict.fromkeys(("bias", "tail", "d_tail", "d_bias"))
+given |= dict.fromkeys(("bias", "tail", "d_tail"))
 names = [p.name for p in kernel.params]
 kinds = {n: "constexpr" if n in given else "*fp32" if n in pointers else "i32" for n in names}
 source = ASTSource(kernel, kinds, {(names.index(n),): value for n, value in given.items()})

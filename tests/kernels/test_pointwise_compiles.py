@@ -12,6 +12,7 @@ COMPILED = """
 import re
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource, compile
+from flashtrain.kernels import column_sums as sums
 from flashtrain.kernels.embedding import triton as embedding
 from flashtrain.kernels.rms_norm import triton as norm
 from flashtrain.kernels.rotary import triton as rotary
@@ -22,7 +23,8 @@ INTEGERS = {"tokens": "*i64", "order": "*i64", "keys": "*i32", "begins": "*i32",
 STRIDES = {"width", "x_row", "residual_row", "dy_row", "d_total_row", "total_row", "packed_row", "table_kind",
            "table_position", "table_row", *(f"{head}_{of}" for head in ("query", "key", "value")
                                for of in ("batch", "head", "position"))}
-NUMBERS = {"rows", "blocks", "pairs", "batch", "first", "vocabulary", "positions", "steps"}
+NUMBERS = {"rows", "blocks", "pairs", "batch", "first", "vocabulary", "positions", "steps", "begin_2",
+           "begin_3"}
 
 def ptx(kernel, warps, registers=None, fp32=FP32, **given):
     names = [p.name for p in kernel.params]
@@ -42,7 +44,7 @@ for way in ("forward", "backward"):
     found[f"swiglu {way}"] = ptx(getattr(swiglu, f"{way}_kernel"), 4, PAIRS=32, PACKING=64)
     found[f"rotary {way}"] = ptx(getattr(rotary, f"{way}_kernel"), 4, UNITS=8, QUERIES=4, KEYS=1, VALUES=1,
                                  **rotary._tile(48, 64, 1024))
-ptx(norm.finish_kernel, 4, ROWS=64, COLUMNS=32)
+ptx(sums.sums_kernel, 4, fp32={"parts", "out"}, out_3=None, ROWS=64, COLUMNS=32)
 for kernel in (embedding.keys_kernel, embedding.runs_kernel):
     ptx(kernel, 4, BLOCK=256)
 found["embedding forward"] = ptx(embedding.lookup_kernel, 4, fp32=(), COLUMNS=2048)
