@@ -10,12 +10,13 @@ from torch.nn.functional import linear, pad, silu, softplus
 
 from flashtrain.errors import UserError
 from flashtrain.kernels.causal_conv.op import causal_conv
+from flashtrain.nn.once import OncePerPass
 from flashtrain.nn.ssm import MixerState
 
 _STEPS = (1e-3, 1e-1)  # Δ at the start, uniform in its logarithm (arXiv 2312.00752, section 3.6)
 
 
-class Mamba1(nn.Module):
+class Mamba1(OncePerPass, nn.Module):
     """Mamba (arXiv 2312.00752) with Jamba's RMSNorm on dt, B and C (arXiv 2403.19887); see ``scan``.
 
     A reference: right and differentiable on any device, but it keeps every token's states, so it is slow.
@@ -113,7 +114,7 @@ class Mamba1(nn.Module):
 
     def packed(self) -> Tensor:
         """The weights of x, then of z, ``[2 · inner, hidden]``."""
-        return torch.cat([self._own("inputs.x"), self._own("inputs.z")])
+        return self._once("inputs", lambda: torch.cat([self._own("inputs.x"), self._own("inputs.z")]))
 
     @staticmethod
     def rows_of() -> Mapping[str, str]:

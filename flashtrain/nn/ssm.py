@@ -15,6 +15,7 @@ from flashtrain.kernels.causal_conv.op import causal_conv
 from flashtrain.kernels.gated_norm.op import gated_norm
 from flashtrain.kernels.ssd import reference
 from flashtrain.kernels.ssd.op import ssd
+from flashtrain.nn.once import OncePerPass
 
 _RATES = (1.0, 16.0)  # -A at the start, uniform (arXiv 2405.21060, its published code)
 _STEPS = (1e-3, 1e-1)  # Δ at the start, uniform in its logarithm
@@ -32,7 +33,7 @@ class MixerState(NamedTuple):
     ssm: Tensor
 
 
-class Mamba2(nn.Module):
+class Mamba2(OncePerPass, nn.Module):
     """Mamba-2 (arXiv 2405.21060): a mixer whose cost is linear in the sequence.
 
     ``inputs`` are the weights ``[rows, hidden]`` of z, x, B, C and dt: ``heads · head_dim`` rows (inner),
@@ -227,7 +228,7 @@ class Mamba2(nn.Module):
 
     def _joined(self, name: str) -> Tensor:
         # One copy of the weight a pass, for one product instead of five.
-        return torch.cat([self._own(f"{name}.{part}") for part in _PARTS[name]])
+        return self._once(name, lambda: torch.cat([self._own(f"{name}.{part}") for part in _PARTS[name]]))
 
     def _project(self, x: Tensor) -> Tensor:
         return linear(x, self.packed())
@@ -248,8 +249,11 @@ class Mamba2(nn.Module):
         return reference.step_sizes(dt, self._own("step_bias")) * self._rate()
 
     def _rate(self) -> Tensor:
-        rate = self._own("log_rate")
-        return -rate.to(torch.promote_types(rate.dtype, torch.float32)).exp()
+        def rate() -> Tensor:
+            log = self._own("log_rate")
+            return -log.to(torch.promote_types(log.dtype, torch.float32)).exp()
+
+        return self._once("rate", rate)
 
     def _split(self, packed: Tensor) -> tuple[Tensor, Tensor, Tensor]:
         heads = self._own("skip").shape[0]

@@ -93,6 +93,24 @@ def test_two_pieces_have_the_gradients_of_one() -> None:
         torch.testing.assert_close(one, other)
 
 
+@pytest.mark.parametrize("ssm", [SSM, Mamba1.Config(states=4)])
+def test_pieces_share_what_the_ssm_makes_of_its_weights_in_one_pass_and_no_longer(
+    ssm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    layer, x = block(1, ssm=ssm), tokens()
+    read: list[str] = []
+    mixer = layer.ssm_branch[0].ssm
+    own = type(mixer)._own
+    monkeypatch.setattr(type(mixer), "_own", lambda self, name: read.append(name) or own(self, name))
+    before = layer(x, nowhere())
+    assert read.count("inputs.x") == 1
+    assert read.count("skip") > 1, "two pieces"
+    with torch.no_grad():
+        mixer.get_parameter("inputs.x").mul_(2)
+    assert not torch.equal(layer(x, nowhere()), before)
+    assert read.count("inputs.x") == 2
+
+
 def test_no_window_is_a_pure_ssm_and_a_full_one_pure_attention() -> None:
     x = tokens()
     for f, name in ((0.0, "ssm_branch"), (1.0, "attention_branch")):

@@ -1,0 +1,32 @@
+"""What a module computes from its weights alone, once for all the pieces of a pass."""
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+
+from torch import Tensor
+
+
+class OncePerPass:
+    """A base class of modules whose weights are put together, or turned into others, before they are used.
+
+    While ``one_pass`` is open each such value is computed once and its gradient, summed over the pieces, goes
+    back once. Outside of it every use computes it anew: weights change between passes.
+    """
+
+    _found: dict[str, Tensor] | None = None
+
+    @contextmanager
+    def one_pass(self) -> Iterator[None]:
+        """Open for all the pieces of one forward pass."""
+        self._found = {}
+        try:
+            yield
+        finally:
+            self._found = None
+
+    def _once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
+        if self._found is None:
+            return compute()
+        if name not in self._found:
+            self._found[name] = compute()
+        return self._found[name]
