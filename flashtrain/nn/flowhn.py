@@ -12,8 +12,8 @@ from flashtrain.errors import UserError
 from flashtrain.nn.flops import forward_flops
 from flashtrain.nn.hybrid import Beside, Layer, Piece, Sublayers
 from flashtrain.nn.mamba1 import Mamba1
-from flashtrain.nn.once import OncePerPass
 from flashtrain.nn.ssm import Mamba2
+from flashtrain.nn.weights import OwnWeights
 from flashtrain.nn.windows import Strategy, Windows, balanced_share
 
 
@@ -164,7 +164,7 @@ class FlowHN(nn.Module):
         else:
             pieces = self._pieces(now, rotary, past.tokens, count)
             # The SSM's pieces share what it makes of its weights.
-            with cast(OncePerPass, self.ssm_branch[0].get_submodule("ssm")).one_pass():
+            with cast(OwnWeights, self.ssm_branch[0].get_submodule("ssm")).one_pass():
                 mixed = self.routing(x, pieces)
         normed, y = self.norm(self.fuse(mixed), x)
         last = self.mlp if self.config.ffn == "shared" else self.final

@@ -59,7 +59,7 @@ class Layer(nn.Module):
 
     def mixed(self, normed: Tensor, rotary: Tensor, past: Any) -> tuple[Tensor, Any]:
         """What the mixer alone gives for normed tokens, and what later tokens need."""
-        return mix(self.kind, self.get_submodule(self.kind), normed, rotary, past)
+        return mix(self.kind, getattr(self, self.kind), normed, rotary, past)
 
 
 def mix(kind: str, mixer: Any, x: Tensor, rotary: Tensor, past: Any) -> tuple[Tensor, Any]:

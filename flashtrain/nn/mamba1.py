@@ -10,13 +10,13 @@ from torch.nn.functional import linear, pad, silu, softplus
 
 from flashtrain.errors import UserError
 from flashtrain.kernels.causal_conv.op import causal_conv
-from flashtrain.nn.once import OncePerPass
 from flashtrain.nn.ssm import MixerState
+from flashtrain.nn.weights import OwnWeights
 
 _STEPS = (1e-3, 1e-1)  # Δ at the start, uniform in its logarithm (arXiv 2312.00752, section 3.6)
 
 
-class Mamba1(OncePerPass, nn.Module):
+class Mamba1(OwnWeights):
     """Mamba (arXiv 2312.00752) with Jamba's RMSNorm on dt, B and C (arXiv 2403.19887); see ``scan``.
 
     A reference: right and differentiable on any device, but it keeps every token's states, so it is slow.
@@ -134,10 +134,6 @@ class Mamba1(OncePerPass, nn.Module):
         return 2.0 * sum(weight.numel() for weight in weights) + 9.0 * self.inner * self.states
 
     # What follows, and forward, read sizes off the parameters, of which parallelism may hold a share.
-
-    def _own(self, name: str) -> Tensor:
-        """A parameter, or the share of it that is computed with here."""
-        return self.get_parameter(name)
 
     def _project(self, x: Tensor) -> Tensor:
         return linear(x, self.packed())

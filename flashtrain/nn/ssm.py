@@ -15,7 +15,7 @@ from flashtrain.kernels.causal_conv.op import causal_conv
 from flashtrain.kernels.gated_norm.op import gated_norm
 from flashtrain.kernels.ssd import reference
 from flashtrain.kernels.ssd.op import ssd
-from flashtrain.nn.once import OncePerPass
+from flashtrain.nn.weights import OwnWeights
 
 _RATES = (1.0, 16.0)  # -A at the start, uniform (arXiv 2405.21060, its published code)
 _STEPS = (1e-3, 1e-1)  # Δ at the start, uniform in its logarithm
@@ -33,7 +33,7 @@ class MixerState(NamedTuple):
     ssm: Tensor
 
 
-class Mamba2(OncePerPass, nn.Module):
+class Mamba2(OwnWeights):
     """Mamba-2 (arXiv 2405.21060): a mixer whose cost is linear in the sequence.
 
     ``inputs`` are the weights ``[rows, hidden]`` of z, x, B, C and dt: ``heads · head_dim`` rows (inner),
@@ -221,10 +221,6 @@ class Mamba2(OncePerPass, nn.Module):
         return float(values * itemsize) + 2 * 4 * self.inner * self.states / chunk
 
     # What follows reads sizes off the parameters, of which parallelism may hold a share.
-
-    def _own(self, name: str) -> Tensor:
-        """A parameter, or the share of it that is computed with here."""
-        return self.get_parameter(name)
 
     def _joined(self, name: str) -> Tensor:
         # One copy of the weight a pass, for one product instead of five.

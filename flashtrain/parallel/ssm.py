@@ -18,7 +18,8 @@ class Mixer(Protocol):
     """What ``SSMHeads`` needs to know of a mixer whose heads do not meet before the output projection.
 
     ``rows_of`` names for each parameter what its rows belong to, ``heads`` or ``groups`` of them. All that
-    the mixer computes reads sizes off what ``_own`` gives, and it is x times ``packed`` first of all.
+    the mixer computes reads sizes off what ``_own`` gives, by default the parameter, and it is x times
+    ``packed`` first of all.
     """
 
     heads: int
@@ -42,8 +43,7 @@ class SSMHeadsMixer(_OverTensorGroup):
         return inputs, self.world * rows
 
     def _own(self, name: str) -> Tensor:
-        module = cast(nn.Module, self)
-        parameter = module.get_parameter(name)
+        parameter: Tensor = cast(Any, super())._own(name)
         if isinstance(parameter, DTensor):
             return parameter.to_local()
         mixer = cast(Mixer, self)

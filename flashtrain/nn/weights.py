@@ -1,13 +1,13 @@
-"""What a module computes from its weights alone, once for all the pieces of a pass."""
+"""Weights as a mixer computes with them: the share that is here, and what is made of them once a pass."""
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
-from torch import Tensor
+from torch import Tensor, nn
 
 
-class OncePerPass:
-    """A base class of modules whose weights are put together, or turned into others, before they are used.
+class OwnWeights(nn.Module):
+    """A base of mixers whose weights are put together, or turned into others, before they are used.
 
     While ``one_pass`` is open each such value is computed once and its gradient, summed over the pieces, goes
     back once. Outside of it every use computes it anew: weights change between passes.
@@ -23,6 +23,13 @@ class OncePerPass:
             yield
         finally:
             self._found = None
+
+    def _own(self, name: str) -> Tensor:
+        """A parameter ``own`` or ``owner.own``, or the share of it that is computed with here."""
+        # As get_parameter finds it, which takes microseconds, and a pass reads many.
+        owner, _, own = name.rpartition(".")
+        parameter: Tensor = (getattr(self, owner) if owner else self)._parameters[own]
+        return parameter
 
     def _once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:
         if self._found is None:
