@@ -27,7 +27,7 @@ class Operator:
         self.__doc__ = run.__doc__
 
     def __call__(self, *given: Any) -> Any:
-        if torch.compiler.is_compiling() or _seen(given):
+        if torch.compiler.is_compiling() or seen(given):
             return self.traced(*given)
         if not torch.is_grad_enabled():
             return self._run(*given)
@@ -59,8 +59,8 @@ def operator(name: str) -> Callable[[Callable[..., Any]], Operator]:
     return lambda run: Operator(name, run)
 
 
-def _seen(given: tuple[Any, ...]) -> bool:
-    """Whether something would see the operator."""
+def seen(given: tuple[Any, ...]) -> bool:
+    """Whether more than the eager code that has these arguments wants to see a call: see ``Operator``."""
     return (
         not _PLAIN.issuperset(map(type, given))
         or torch._C._len_torch_dispatch_stack() > 0

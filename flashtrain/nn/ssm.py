@@ -13,6 +13,7 @@ from flashtrain.errors import UserError
 from flashtrain.kernels.causal_conv import reference as conv_reference
 from flashtrain.kernels.causal_conv.op import causal_conv
 from flashtrain.kernels.gated_norm.op import gated_norm
+from flashtrain.kernels.mamba2 import op as mamba2
 from flashtrain.kernels.ssd import reference
 from flashtrain.kernels.ssd.op import ssd
 from flashtrain.nn.weights import OwnWeights
@@ -95,6 +96,9 @@ class Mamba2(OwnWeights):
                 norm_epsilon=norm_epsilon,
             )
 
+    # Whether all that is between the projections may run as one function: not where it is cut between ranks.
+    in_one = True
+
     def __init__(
         self,
         hidden: int,
@@ -161,11 +165,15 @@ class Mamba2(OwnWeights):
         projected = self._project(x)
         if sequence is not None:
             projected = projected.view(sequence, -1, projected.shape[-1])
+        tail, ssm = (None, None) if state is None else state
+        if self.in_one and mamba2.takes(projected, weights := self._weights(), sizes := self._sizes()):
+            normed, *now = mamba2.mix(projected, tail, ssm, weights, sizes)
+            return self.out(normed), MixerState(*now)
         z, mixed, dt = self._split(projected)
-        mixed, tail = self._convolve(mixed.transpose(0, 1), None if state is None else state.tail)
+        mixed, new_tail = self._convolve(mixed.transpose(0, 1), tail)
         values, keys, queries = self._heads(mixed)
-        y, ssm = self._recur(values, dt.transpose(0, 1), keys, queries, None if state is None else state.ssm)
-        return self._close(y.flatten(2).transpose(0, 1), z), MixerState(tail, ssm)
+        y, ssm = self._recur(values, dt.transpose(0, 1), keys, queries, ssm)
+        return self._close(y.flatten(2).transpose(0, 1), z), MixerState(new_tail, ssm)
 
     def step(self, x: Tensor, state: MixerState) -> tuple[Tensor, MixerState]:
         """One token ``x [B, hidden]`` -> ``(output [B, hidden], new state)``, by the recurrence itself."""
@@ -228,6 +236,15 @@ class Mamba2(OwnWeights):
 
     def _project(self, x: Tensor) -> Tensor:
         return linear(x, self.packed())
+
+    def _weights(self) -> mamba2.Weights:
+        own = (self._own(name) for name in ("skip", "step_bias", "norm_weight"))
+        return mamba2.Weights(self._joined("conv_weight"), self._joined("conv_bias"), self._rate(), *own)
+
+    def _sizes(self) -> mamba2.Sizes:
+        heads = self._own("skip").shape[0]
+        groups = heads // self.heads_per_norm
+        return mamba2.Sizes(heads, self.head_dim, self.states, groups, self.norm_epsilon)
 
     def _convolve(self, mixed: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor]:
         """x, B and C ``[B, S, C]`` after the ``tail`` of those before -> the same, and the new tail."""

@@ -2,6 +2,7 @@
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from typing import Any
 
 from torch import Tensor, nn
 
@@ -28,7 +29,8 @@ class OwnWeights(nn.Module):
         """A parameter ``own`` or ``owner.own``, or the share of it that is computed with here."""
         # As get_parameter finds it, which takes microseconds, and a pass reads many.
         owner, _, own = name.rpartition(".")
-        parameter: Tensor = (getattr(self, owner) if owner else self)._parameters[own]
+        module: Any = getattr(self, owner) if owner else self
+        parameter: Tensor = module._parameters[own]
         return parameter
 
     def _once(self, name: str, compute: Callable[[], Tensor]) -> Tensor:

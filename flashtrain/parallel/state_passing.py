@@ -78,6 +78,7 @@ class StatePassingMixer(_Mixer):
 
     context: str
     taps: int
+    in_one = False
 
     def _convolve(self, mixed: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor]:
         if tail is not None:

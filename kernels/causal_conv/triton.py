@@ -249,12 +249,20 @@ def forward(x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None)
 
 
 def backward(
-    dy: Tensor, x: Tensor, weight: Tensor, bias: Tensor | None, tail: Tensor | None
+    dy: Tensor,
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor | None,
+    tail: Tensor | None,
+    dx: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
-    """Gradients of x ``[B, S, D]``, weight, bias and tail, given that of y ``[B, S, D]``."""
+    """Gradients of x ``[B, S, D]``, weight, bias and tail, given that of y ``[B, S, D]``.
+
+    That of x goes to ``dx`` if there is one, which has a dense last dimension.
+    """
     batch, sequence, width = x.shape
     taps = weight.shape[1]
-    x, dy, dx = _columns(x), _columns(dy), dense_like(x)
+    x, dy, dx = _columns(x), _columns(dy), dense_like(x) if dx is None else dx
     d_tail = None if tail is None else torch.empty_like(tail, memory_format=torch.contiguous_format)
     blocks = cdiv(sequence, _BACKWARD_ROWS)
     sums = x.new_empty(batch, blocks, taps + (bias is not None), width, dtype=torch.float32)

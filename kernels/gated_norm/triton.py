@@ -32,7 +32,22 @@ def forward_kernel(  # type: ignore[no-untyped-def]
 
 @kernel
 def backward_kernel(  # type: ignore[no-untyped-def]
-    x, z, weight, dy, dx, dz, d_weight, rows, size, groups, epsilon, x_row, z_row, dy_row, BLOCK: tl.constexpr
+    x,
+    z,
+    weight,
+    dy,
+    dx,
+    dz,
+    d_weight,
+    rows,
+    size,
+    groups,
+    epsilon,
+    x_row,
+    z_row,
+    dy_row,
+    dz_row,
+    BLOCK: tl.constexpr,
 ):
     """Every num_programs-th row of one group: dx, dz, and the block's part of dweight in one order."""
     group = tl.program_id(1)
@@ -68,7 +83,7 @@ def backward_kernel(  # type: ignore[no-untyped-def]
         out = row * (groups * size) + column
         tl.store(dx + out, (slope * opened).to(dx.dtype.element_ty), mask=inside)
         d_gate = slope * values * share * (1.0 + gate * (1.0 - share))
-        tl.store(dz + out, d_gate.to(dz.dtype.element_ty), mask=inside)
+        tl.store(dz + row * dz_row + column, d_gate.to(dz.dtype.element_ty), mask=inside)
     tl.store(d_weight + tl.program_id(0) * (groups * size) + column, total, mask=inside)
 
 
@@ -94,11 +109,21 @@ def forward(x: Tensor, z: Tensor, weight: Tensor, groups: int, epsilon: float) -
 
 
 def backward(
-    dy: Tensor, x: Tensor, z: Tensor, weight: Tensor, groups: int, epsilon: float
+    dy: Tensor,
+    x: Tensor,
+    z: Tensor,
+    weight: Tensor,
+    groups: int,
+    epsilon: float,
+    dz: Tensor | None = None,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Gradients of x and z ``[..., D]`` and of weight ``[D]``."""
+    """Gradients of x and z ``[..., D]`` and of weight ``[D]``.
+
+    That of z goes to ``dz`` if there is one, in which rows may lie apart.
+    """
     flat, gate, slope = rows_of(x), rows_of(z), rows_of(dy)
-    dx, dz = (torch.empty_like(t, memory_format=torch.contiguous_format) for t in (x, z))
+    dx = torch.empty_like(x, memory_format=torch.contiguous_format)
+    dz = torch.empty_like(z, memory_format=torch.contiguous_format) if dz is None else dz
     size = x.shape[-1] // groups
     blocks = min(flat.shape[0], _blocks(x.device))
     parts = torch.empty(blocks, x.shape[-1], dtype=torch.float32, device=x.device)
@@ -117,6 +142,7 @@ def backward(
         flat.stride(0),
         gate.stride(0),
         slope.stride(0),
+        dz.view(flat.shape).stride(0),
         BLOCK=next_power_of_2(size),
         num_warps=_warps(size),
     )

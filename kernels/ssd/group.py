@@ -29,6 +29,8 @@ def group_gradient_kernel(  # type: ignore[no-untyped-def]
     own_time,
     other_batch,
     other_time,
+    out_batch,
+    out_time,
     P: tl.constexpr,
     N: tl.constexpr,
     Q: tl.constexpr,
@@ -95,6 +97,6 @@ def group_gradient_kernel(  # type: ignore[no-untyped-def]
     for part in range(parts):
         square_part = tl.load(mixed + part * (Q * Q) + square)
         gradient = tl.dot(square_part, other_rows, gradient, input_precision=PRECISION)
-    out += ((batch * sequence + start) * groups + group) * N
-    out_tile = row[:, None] * (groups * N) + column[None, :]
+    out += batch * out_batch + start * out_time + group * N
+    out_tile = row[:, None] * out_time + column[None, :]
     tl.store(out + out_tile, gradient.to(out.dtype.element_ty), mask=inside)

@@ -143,11 +143,11 @@ class Pass:
         mixed: Tensor,
         steps: tuple[Tensor, Tensor],
         paths: tuple[Tensor, Tensor],
+        out: Tensor,
         of_b: bool,
         config: Backward,
-    ) -> Tensor:
-        """dB or dC ``[B, S, G, N]``, in the dtype of ``own``; with dC the ``paths`` over chunk borders."""
-        out = torch.empty(own.shape, dtype=own.dtype, device=self.device)
+    ) -> None:
+        """dB or dC ``[B, S, G, N]`` into ``out``; with dC the ``paths`` over chunk borders."""
         group_gradient_kernel[(self.chunks, self.groups, self.batch)](
             x,
             own,
@@ -166,6 +166,7 @@ class Pass:
             *x.stride()[:2],
             *own.stride()[:2],
             *other.stride()[:2],
+            *out.stride()[:2],
             P=self.width,
             N=self.states,
             Q=self.scan.chunk,
@@ -174,7 +175,6 @@ class Pass:
             STAGES=config.group_stages,
             num_warps=config.group_warps,
         )
-        return out
 
 
 def rows_of(x: Tensor) -> Tensor:

@@ -29,6 +29,15 @@ from flashtrain.kernels.ssd.forward import output_kernel
 from flashtrain.kernels.ssd.launch import DECAY_HEADS, Pass, rows_of
 
 
+class Memory(NamedTuple):
+    """Where gradients go: each has dense tokens, as ``rows_of`` says, and batch and time of any stride."""
+
+    x: Tensor
+    dt: Tensor
+    B: Tensor
+    C: Tensor
+
+
 class Gradients(NamedTuple):
     """Gradients of the inputs of ``forward``; those of inputs that were not given are None."""
 
@@ -102,14 +111,21 @@ def backward(
     dt_bias: Tensor | None = None,
     initial_state: Tensor | None = None,
     config: Backward | None = None,
+    memory: Memory | None = None,
 ) -> Gradients:
     """Gradients, given those of y ``[B, S, H, P]`` and of the final state ``[B, H, P, N]`` (None: zero).
 
-    Nothing but the inputs is needed from the forward pass.
+    Nothing but the inputs is needed from the forward pass. Gradients go to ``memory``, or to tensors of
+    their own.
     """
     config = config or backward_config(x.dtype)
     shape = Pass(x, dt, B, C, config.scan)
-    dy, dx, heads = rows_of(dy), dense_like(x), shape.share(config.heads)
+    dy, heads = rows_of(dy), shape.share(config.heads)
+    dx, d_dt, dB, dC = memory or (
+        dense_like(x),
+        dense_like(shape.dt),
+        *(torch.empty_like(t, memory_format=torch.contiguous_format) for t in (B, C)),
+    )
     delta, total = shape.decay(A, dt_bias)
     start, d_end = (None if t is None else t.float().contiguous() for t in (initial_state, d_final))
     states, d_states, d_initial = shape.carry_both(dy, delta, total, start, d_end)
@@ -152,9 +168,8 @@ def backward(
         num_warps=config.warps,
     )
     shared = (states, d_states, mixed, (delta, total), (before, through))
-    dB = shape.group_gradient(shape.x, shape.B, shape.C, *shared, of_b=True, config=config)
-    dC = shape.group_gradient(dy, shape.C, shape.B, *shared, of_b=False, config=config)
-    d_dt = dense_like(shape.dt)
+    shape.group_gradient(shape.x, shape.B, shape.C, *shared, out=dB, of_b=True, config=config)
+    shape.group_gradient(dy, shape.C, shape.B, *shared, out=dC, of_b=False, config=config)
     decay_backward_kernel[(shape.chunks, cdiv(shape.heads, DECAY_HEADS), shape.batch)](
         shape.dt,
         dt_bias,
