@@ -186,7 +186,8 @@ def test_what_the_launcher_does_not_read_is_left_to_triton(machine: Machine) -> 
         kernel[lambda _: (1,)](*usual, TIMES=2)  # a grid that depends on the constants
     for _ in range(3):
         kernel[(1,)](*usual, 2)  # a constant by position
-    on_host = torch.zeros(8)
+    on_host = tensor()
+    on_host.is_cuda = False  # type: ignore[misc]
     for _ in range(3):
         kernel[(1,)](out, on_host, *usual[2:], TIMES=2)  # for Triton to refuse
     for _ in range(3):

@@ -109,6 +109,10 @@ def test_pieces_share_what_the_ssm_makes_of_its_weights_in_one_pass_and_no_longe
         mixer.get_parameter("inputs.x").mul_(2)
     assert not torch.equal(layer(x, nowhere()), before)
     assert read.count("inputs.x") == 2
+    with torch.no_grad():
+        packed = mixer.packed()
+        mixer.get_parameter("inputs.x").mul_(2)
+        assert not torch.equal(mixer.packed(), packed)
 
 
 def test_no_window_is_a_pure_ssm_and_a_full_one_pure_attention() -> None:
