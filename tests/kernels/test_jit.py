@@ -1,6 +1,7 @@
 """Launches past Triton's binder, on a driver made of threads: the same parameters, one variant a kind."""
 
 import itertools
+import re
 import struct
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -96,7 +97,9 @@ def test_a_launch_has_the_parameters_that_triton_compiled_for(machine: Machine) 
     compiled = kernel[(2, 3)](out, x, None, 7, 0.25, 1, 3 | 1 << 41, TIMES=2, num_warps=4)
     machine.stream.synchronize()
     assert len(machine.through_triton) == 2
-    assert compiled.asm["cubin"]
+    entry = compiled.asm["ptx"].split(".entry", 1)[1].split(")", 1)[0]
+    declared = [int(bits) // 8 for bits in re.findall(r"\.param \.\w(\d+)", entry)]
+    assert declared == [8, 8, 4, 4, 8, 8, 8], "as the fake driver's kernel, whose last two are scratch memory"
     quarter = struct.unpack("I", struct.pack("f", 0.25))[0]
     assert out.tolist()[:4] == [x.data_ptr(), 7, quarter, 3 | 1 << 41]
 
