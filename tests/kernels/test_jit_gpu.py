@@ -1,4 +1,4 @@
-"""Kernels launched past Triton's binder on a GPU: the bits of Triton's own launches, graphs, streams, threads."""
+"""Kernels launched past Triton's binder on a GPU: bits of Triton's own launches, graphs, streams, threads."""
 
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
