@@ -42,21 +42,28 @@ class Kernel(JITFunction[Any]):
         try:
             core = import_module("flashtrain._core")
             device, stream = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
-            self._launcher = core.Launcher(DRIVER, self._compile, device, stream, TENSORS)
+            # Of two threads that come here at once each has a launcher that knows its own variants.
+            launcher = core.Launcher(
+                DRIVER,
+                lambda *given, **named: self._compile(launcher, *given, **named),
+                device,
+                stream,
+                TENSORS,
+            )
         except (ImportError, AttributeError, RuntimeError):
             return self._through_triton
-        return self._launcher.launch
+        return launcher.launch
 
     def _through_triton(self, grid: tuple[int, ...], /, *arguments: Any, **constants: Any) -> Any:
         return self.run(*arguments, grid=grid, warmup=False, **constants)
 
-    def _compile(self, grid: tuple[int, ...], /, *arguments: Any, **constants: Any) -> Any:
+    def _compile(self, launcher: Any, grid: tuple[int, ...], /, *arguments: Any, **constants: Any) -> Any:
         compiled = self._through_triton(grid, *arguments, **constants)
         sizes = self._sizes(compiled, len(arguments))
         if sizes is not None:
             meta = compiled.metadata
             found = (compiled.function, meta.name, meta.shared, 32 * meta.num_warps)
-            self._launcher.add(*found, sizes, compiled, arguments, constants)
+            launcher.add(*found, sizes, compiled, arguments, constants)
         return compiled
 
     def _sizes(self, compiled: Any, count: int) -> list[int] | None:
