@@ -43,7 +43,7 @@ class Kernel(JITFunction[Any]):
             core = import_module("flashtrain._core")
             device, stream = torch._C._cuda_getDevice, torch._C._cuda_getCurrentRawStream
             # Of two threads that come here at once each has a launcher that knows its own variants.
-            launcher = core.Launcher(
+            launcher: Any = core.Launcher(
                 DRIVER,
                 lambda *given, **named: self._compile(launcher, *given, **named),
                 device,
