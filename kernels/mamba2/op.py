@@ -142,17 +142,19 @@ class _Mix(torch.autograd.Function):
 def _split(packed: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
     """z ``[S, B, H·P]``; x, B and C together ``[B, S, C]``, and dt ``[B, S, H]``."""
     inner = sizes.heads * sizes.head_dim
-    z, inputs, dt = packed.split([inner, packed.shape[-1] - inner - sizes.heads, sizes.heads], dim=-1)
+    parts = [inner, packed.shape[-1] - inner - sizes.heads, sizes.heads]
+    z, inputs, dt = packed.split_with_sizes(parts, -1)
     return z, inputs.transpose(0, 1), dt.transpose(0, 1)
 
 
 def _heads(mixed: Tensor, sizes: Sizes) -> tuple[Tensor, Tensor, Tensor]:
     """x ``[B, S, H, P]``, B and C ``[B, S, G, N]`` of ``mixed [B, S, C]``."""
+    batch, sequence, channels = mixed.shape
     inner = sizes.heads * sizes.head_dim
-    shared = (mixed.shape[-1] - inner) // 2
-    x, keys, queries = mixed.split([inner, shared, shared], dim=-1)
-    keys, queries = (part.unflatten(-1, (-1, sizes.states)) for part in (keys, queries))
-    return x.unflatten(-1, (sizes.heads, sizes.head_dim)), keys, queries
+    shared = (channels - inner) // 2
+    x, keys, queries = mixed.split_with_sizes([inner, shared, shared], -1)
+    by_group = batch, sequence, shared // sizes.states, sizes.states
+    return x.view(batch, sequence, sizes.heads, sizes.head_dim), keys.view(by_group), queries.view(by_group)
 
 
 def _tokens(y: Tensor) -> Tensor:
