@@ -1,7 +1,6 @@
 #include "kernel.hpp"
 
 #include <algorithm>
-#include <sstream>
 #include <stdexcept>
 #include <utility>
 
@@ -15,11 +14,10 @@ constexpr std::array<size_t, 5> kMatrixParts = {128, 4, 4, 8, 8};
 
 void* pointer(uint64_t address) { return reinterpret_cast<void*>(static_cast<uintptr_t>(address)); }
 
-template <typename Values>
-std::string listed(const Values& values) {
-  std::ostringstream text;
-  for (const auto value : values) text << (text.tellp() > 0 ? ", " : "") << value;
-  return text.str();
+std::string listed(const std::vector<size_t>& values) {
+  std::string text;
+  for (const size_t value : values) text += (text.empty() ? "" : ", ") + std::to_string(value);
+  return text;
 }
 
 }  // namespace
