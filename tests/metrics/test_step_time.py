@@ -73,7 +73,9 @@ def _launched(folder: Path) -> set[str]:
         node
         for node in nodes
         if isinstance(node, ast.FunctionDef)
-        and any(ast.unparse(one).startswith(("triton.jit", "gluon.jit", "kernel")) for one in node.decorator_list)
+        and any(
+            ast.unparse(one).startswith(("triton.jit", "gluon.jit", "kernel")) for one in node.decorator_list
+        )
     ]
     used = {
         one.id for node in jitted for part in node.body for one in ast.walk(part) if isinstance(one, ast.Name)
