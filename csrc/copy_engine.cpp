@@ -56,23 +56,28 @@ CopyEngine::~CopyEngine() {
   driver_.host_unregister(tables_);
 }
 
-std::vector<uint64_t> CopyEngine::directory(const std::vector<uint64_t>& landings, uint64_t stride) const {
+std::vector<uint64_t> CopyEngine::directory(const std::vector<uint64_t>& landings, uint64_t stride,
+                                            uint32_t buffers) const {
   std::vector<uint64_t> addresses;
-  for (uint32_t parity = 0; parity < 2; ++parity) {
-    for (const uint64_t landing : landings) addresses.push_back(landing + parity * stride);
+  for (uint32_t place = 0; place < buffers; ++place) {
+    for (const uint64_t landing : landings) addresses.push_back(landing + place * stride);
     for (const FlagTable* table : {&device_, &host_}) {
-      for (uint32_t peer = 0; peer < table->world(); ++peer) addresses.push_back(table->flag(peer, rank_, shift(parity)));
+      for (uint32_t peer = 0; peer < table->world(); ++peer) addresses.push_back(table->flag(peer, rank_, shift(place)));
     }
   }
   return addresses;
 }
 
-void CopyEngine::use_landings(std::vector<uint64_t> landings, uint64_t stride, uint64_t directory) {
+void CopyEngine::use_landings(std::vector<uint64_t> landings, uint64_t stride, uint64_t directory, uint32_t buffers) {
   if (flight_) throw std::logic_error("landing buffers change while an operation is open");
   if (landings.size() != host_.world()) throw std::invalid_argument("every rank needs a landing buffer");
+  if (buffers < 2 || (captured_ && buffers != 2)) throw std::invalid_argument("there are too few or too many landing buffers");
   landings_ = std::move(landings);
   stride_ = stride;
   directory_ = directory;
+  buffers_ = buffers;
+  // Nothing moves anywhere, so any may be the next. Ranks count from here, and not by epochs, which begin again at 2^32.
+  place_ = 0;
 }
 
 // `later` goes on only when what `earlier` now holds is done. The event may be recorded again at once: a wait
@@ -116,6 +121,7 @@ uint32_t CopyEngine::open(std::shared_ptr<const Program> program, const std::str
     flight_ = watchdog_.add(epoch_ + 1, site, std::move(program));
   }
   epoch_ = flight_->epoch;
+  place_ = captured_ ? epoch_ % 2 : next_place();
   device_flags_ = device_flags;
   first_ = behind_opening_ = signalled_ = carried_ = kept_ = ended_ = false;
   pushed_.assign(flight_->program->sends.size(), false);
@@ -179,7 +185,7 @@ void CopyEngine::push(const std::vector<uint32_t>& which, const std::vector<uint
   } else {
     come_after_opening();
   }
-  const uint64_t buffer = epoch_ % 2 * stride_;
+  const uint64_t buffer = place_ * stride_;
   std::vector<WordOperation> told;
   for (size_t number = 0; number < which.size(); ++number) {
     const Message& message = flight_->program->sends.at(which[number]);
@@ -241,13 +247,19 @@ void CopyEngine::come_after_the_last(const CopyEngine& other) {
   behind_opening_ = true;
 }
 
+void CopyEngine::let_follow(uint64_t stream) {
+  check();
+  if (flight_) throw std::logic_error("an operation is open: it has no end yet");
+  if (!first_) driver_.check(driver_.stream_wait_event(handle(stream), done_, 0), "cuStreamWaitEvent");
+}
+
 void CopyEngine::keep(uint64_t source, uint64_t offset, uint64_t bytes) {
   check();
   if (!flight_) throw std::logic_error("no operation is open");
   if (offset > stride_ || bytes > stride_ - offset) throw std::invalid_argument("what is kept has no place in the landing buffer");
   if (bytes == 0) return;
   come_after_opening();
-  const DeviceAddress to = landings_[rank_] + epoch_ % 2 * stride_ + offset;
+  const DeviceAddress to = landings_[rank_] + place_ * stride_ + offset;
   driver_.check(driver_.copy_on_device(to, source, bytes, copies_), "cuMemcpyDtoDAsync");
   kept_ = true;
   ended_ = false;

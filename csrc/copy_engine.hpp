@@ -52,6 +52,10 @@ struct FusedProduct {
 // come after the end of epoch k, in which all reading of the buffer happened. So r's push comes after p's reads.
 // One buffer would not do: r may push k+1 while p still reads k.
 //
+// With B buffers in turn, the same holds for reads of epoch k that come only before the opening of epoch k+B-1: of what is
+// lent to readers who outlive their operation (transport/loans.py). r pushes k+B after it heard p's message of k+B-1, and
+// p pushes that one after it was opened. Such an engine never pushes with `settled`, which does not wait for the opening.
+//
 // Why what was pushed may be freed or written once close() was called. A push reads memory of the caller on the
 // copy stream, unknown to PyTorch's allocator. close() makes the stream that computes wait for the copy
 // stream; later work of the caller, and whoever gets the memory from the allocator of that stream, comes after.
@@ -77,12 +81,16 @@ class CopyEngine {
   CopyEngine(const CopyEngine&) = delete;
   CopyEngine& operator=(const CopyEngine&) = delete;
 
-  // Where kernels of this rank find the peers: [2][3][world] addresses, for even and odd epochs, of each rank's landing
+  // Where kernels of this rank find the peers: [buffers][3][world] addresses, for each place, of each rank's landing
   // buffer and of the first flag that this rank raises there, in the device table and in the host table.
-  std::vector<uint64_t> directory(const std::vector<uint64_t>& landings, uint64_t stride) const;
-  // From here on chunks land at `landings` of each rank in even epochs, and `stride` bytes further in odd ones;
-  // `directory` is memory of the device that holds what is said above. No operation may be under way on any rank.
-  void use_landings(std::vector<uint64_t> landings, uint64_t stride, uint64_t directory);
+  std::vector<uint64_t> directory(const std::vector<uint64_t>& landings, uint64_t stride, uint32_t buffers) const;
+  // From here on each rank has `buffers` landing buffers (two, or for what is not captured more), from `landings` on
+  // `stride` bytes apart, that operations use in turn; `directory` is memory of the device that holds what is said above.
+  // No operation may be under way on any rank.
+  void use_landings(std::vector<uint64_t> landings, uint64_t stride, uint64_t directory, uint32_t buffers);
+  // Which of them the open operation uses, or the last; and which the next will.
+  uint32_t place() const { return place_; }
+  uint32_t next_place() const { return (place_ + 1) % buffers_; }
 
   // Start an operation on `stream`; returns its epoch, or its number in the capture. With `device_flags` every rank
   // must have them: its pushes then also raise flags that kernels of the receiver may wait for. Throws
@@ -106,6 +114,8 @@ class CopyEngine {
   // Put what is this rank's own beside what lands: `bytes` from `source`, complete when the operation was opened, to
   // `offset` in the landing buffer. It goes behind what was pushed before.
   void keep(uint64_t source, uint64_t offset, uint64_t bytes);
+  // What `stream` is given from here on comes after the operations that have ended.
+  void let_follow(uint64_t stream);
   // Let the stream wait for arrival number `which`.
   void wait(uint32_t which);
   // Let the stream wait for all arrivals, and for what is kept.
@@ -162,6 +172,7 @@ class CopyEngine {
   EventHandle begun_ = nullptr, ready_ = nullptr, copied_ = nullptr, done_ = nullptr;
   std::vector<uint64_t> landings_;
   uint64_t stride_ = 0, directory_ = 0;
+  uint32_t buffers_ = 2, place_ = 0;
 
   uint32_t epoch_;
   uint64_t capture_ = 0;                 // the driver's number of the capture

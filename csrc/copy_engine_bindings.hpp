@@ -51,8 +51,12 @@ inline void bind_copy_engine(pybind11::module_& module) {
            }),
            py::arg("library"), py::arg("rank"), py::arg("timeout"), py::arg("epoch"), py::arg("host_tables"),
            py::arg("device_tables"), py::arg("captured"), py::arg("keeps"), py::keep_alive<1, 9>())
-      .def("use_landings", &CopyEngine::use_landings, py::arg("landings"), py::arg("stride"), py::arg("directory"))
-      .def("directory", &CopyEngine::directory, py::arg("landings"), py::arg("stride"))
+      .def("use_landings", &CopyEngine::use_landings, py::arg("landings"), py::arg("stride"), py::arg("directory"),
+           py::arg("buffers"))
+      .def("directory", &CopyEngine::directory, py::arg("landings"), py::arg("stride"), py::arg("buffers"))
+      .def_property_readonly("place", &CopyEngine::place)
+      .def_property_readonly("next_place", &CopyEngine::next_place)
+      .def("let_follow", &CopyEngine::let_follow)
       // May wait for the device.
       .def("open", &CopyEngine::open, py::arg("program"), py::arg("site"), py::arg("stream"),
            py::arg("device_flags"), py::call_guard<py::gil_scoped_release>())

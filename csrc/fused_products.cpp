@@ -44,10 +44,10 @@ void CopyEngine::launch(const KernelCall& call, StreamHandle stream, const std::
     for (const uint32_t place : places) values.at(place) = value;
   };
   for (size_t number = 0; number < given.size(); ++number) fill(call.places[number], given[number]);
-  fill(call.landing, landings_[rank_] + epoch_ % 2 * stride_);
+  fill(call.landing, landings_[rank_] + place_ * stride_);
   fill(call.flags, device_.flag(rank_, 0, flight_->shift));
   fill(call.epoch, flight_->up);
-  fill(call.directory, directory_ + epoch_ % 2 * (sizeof(uint64_t) * 3 * host_.world()));
+  fill(call.directory, directory_ + place_ * (sizeof(uint64_t) * 3 * host_.world()));
   fill(call.signals, device_.flag(rank_, rank_, 0));
   call.launch->start(call.blocks, stream, values);
 }

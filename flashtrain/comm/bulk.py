@@ -13,25 +13,36 @@ from torch import Tensor
 from flashtrain.comm import transport
 from flashtrain.comm.chunked import Landed, product
 from flashtrain.comm.schedule import Schedule
-from flashtrain.comm.transport.base import Exchange
+from flashtrain.comm.transport.base import Exchange, Transport
 from flashtrain.comm.transport.landing import Landing
 from flashtrain.kernels.ordered_sum import choice
 
-# A gather that is under way while a scatter begins needs a transport of its own.
-GATHERS, SCATTERS = 1, 0
+# A gather that is under way while a scatter begins needs a transport of its own, and so do gathers whose
+# landing buffers are lent.
+LENT, GATHERS, SCATTERS = 2, 1, 0
 
 
 @contextmanager
-def gathering(plan: Schedule, x_shard: Tensor, group: str, site: str) -> Iterator[Callable[[], Tensor]]:
+def gathering(
+    plan: Schedule,
+    x_shard: Tensor,
+    group: str,
+    site: str,
+    out: Tensor | None = None,
+    mover: Transport | None = None,
+) -> Iterator[Callable[[], Tensor]]:
     """Send the own rows to everyone; the function waits for theirs and gives ``x_full [M, ...]``.
 
-    ``plan`` is direct. The gathered rows are there until the block ends. Raises TransportError if a peer
-    fails.
+    ``plan`` is direct. The gathered rows are there until the block ends. They land in ``out``, contiguous and
+    shaped as they are, where it is given and ``mover`` can. Raises TransportError if a peer fails.
     """
     x_shard = x_shard.contiguous()
-    mover, own = transport.of(group, x_shard.device, GATHERS), plan.own_rows
+    mover, own = mover or transport.of(group, x_shard.device, GATHERS), plan.own_rows
     with mover.open(plan, site) as exchange:
-        landed = exchange.landing_buffer(x_shard, x_shard.shape[1:])
+        if out is not None and not exchange.borrowed:
+            landed = out
+        else:
+            landed = exchange.landing_buffer(x_shard, x_shard.shape[1:])
 
         def payload(chunk: int) -> Tensor:
             rows = plan.rows_in(chunk)
@@ -42,7 +53,8 @@ def gathering(plan: Schedule, x_shard: Tensor, group: str, site: str) -> Iterato
             leaving = {send: payload(send.chunk) for send in step.sends if send not in begun}
             arriving = {} if exchange.borrowed else {e: landed[plan.rows_in(e.chunk)] for e in step.expects}
             exchange.transfer(index, leaving, arriving)
-        landed[own] = x_shard
+        if not same_rows(landed[own], x_shard):
+            landed[own] = x_shard
 
         def gathered() -> Tensor:
             _wait(exchange, plan)
@@ -53,11 +65,12 @@ def gathering(plan: Schedule, x_shard: Tensor, group: str, site: str) -> Iterato
 
 @contextmanager
 def scattering(
-    plan: Schedule, partials: Tensor, group: str, site: str, scale: float = 1.0
+    plan: Schedule, partials: Tensor, group: str, site: str, scale: float = 1.0, out: Tensor | None = None
 ) -> Iterator[Callable[[], Tensor]]:
     """Send ``partials [M, N]`` to their owners; the function gives the sum of the own rows ``[M/W, N]``.
 
-    ``plan`` is direct. Added in rank order in fp32, times ``scale``. Raises TransportError if a peer fails.
+    ``plan`` is direct. Added in rank order in fp32, times ``scale``, to ``out`` if it is given. Raises
+    TransportError if a peer fails.
     """
     mover, own, layout = transport.of(group, partials.device, SCATTERS), plan.own_rows, Landing(plan)
     with mover.open(plan, site) as exchange:
@@ -72,9 +85,14 @@ def scattering(
 
         def scattered() -> Tensor:
             _wait(exchange, plan)
-            return choice.ordered_sum(slots, scale, own=(plan.rank, partials[own]))
+            return choice.ordered_sum(slots, scale, own=(plan.rank, partials[own]), out=out)
 
         yield scattered
+
+
+def same_rows(place: Tensor, rows: Tensor) -> bool:
+    """Whether contiguous ``rows`` lie in ``place``, of their shape and dtype, already."""
+    return place.data_ptr() == rows.data_ptr()
 
 
 def _wait(exchange: Exchange, plan: Schedule) -> None:

@@ -70,11 +70,12 @@ def gather(
     site: str,
     compute: Callable[[int, Gathered], None] | None = None,
     keep: bool = True,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Gather ``x_shard [M/W, ...]``; ``compute(chunk, gathered)`` runs as soon as the chunk's rows are there.
 
-    Returns the gathered tensor ``[M, ...]`` with ``keep``, one of no rows without. Raises TransportError if
-    a peer fails.
+    Returns the gathered tensor ``[M, ...]`` with ``keep``, one of no rows without: ``out`` if it is given,
+    contiguous and of its shape. Raises TransportError if a peer fails.
     """
     mover, started = transport.of(group, x_shard.device), clock()
     x_shard = x_shard.contiguous()
@@ -84,9 +85,15 @@ def gather(
 
     def opened(exchange: Exchange) -> None:
         nonlocal x_full, borrowed
-        gathered.landed, borrowed = exchange.landing_buffer(x_shard, x_shard.shape[1:]), exchange.borrowed
+        borrowed = exchange.borrowed
+        if out is None or borrowed:
+            gathered.landed = exchange.landing_buffer(x_shard, x_shard.shape[1:])
+        else:
+            gathered.landed = out
         if keep:
-            x_full = torch.empty_like(gathered.landed) if borrowed else gathered.landed
+            x_full = gathered.landed
+            if borrowed:
+                x_full = torch.empty_like(x_full) if out is None else out
 
     def computing(chunk: int) -> None:
         if compute is not None:
@@ -116,10 +123,12 @@ def reduce(
     site: str,
     partial: Callable[[int, Tensor], None],
     scale: float = 1.0,
+    out: Tensor | None = None,
 ) -> Tensor:
     """Sum partials over the ranks; ``partial(chunk, out)`` writes this rank's ``[rows, columns]``.
 
-    Returns the own rows ``[M/W, columns]``. Raises TransportError if a peer fails.
+    Returns the own rows ``[M/W, columns]``, in ``out`` if it is given, contiguous. Raises TransportError if a
+    peer fails.
     """
     mover, started = transport.of(group, like.device), clock()
     own, layout = plan.own_rows, Landing(plan)
@@ -147,9 +156,8 @@ def reduce(
     def finished() -> None:
         nonlocal total
         slots = landed if direct else leaving[own]
-        total = choice.ordered_sum(
-            slots.view(plan.world if direct else 1, own.stop - own.start, columns), scale
-        )
+        slots = slots.view(plan.world if direct else 1, own.stop - own.start, columns)
+        total = choice.ordered_sum(slots, scale, out=out)
 
     overlap.run(
         plan,

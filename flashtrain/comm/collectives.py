@@ -7,9 +7,8 @@ Every op takes the process group by name, for torch.compile; ``site`` names the 
 import torch
 from torch import Tensor
 
-from flashtrain.comm import bulk, chunked, groups
+from flashtrain.comm import chunked, groups, into
 from flashtrain.comm.products import plan_of, rows_per_rank
-from flashtrain.comm.schedule import split_rows
 
 TAGS = (torch.Tag.needs_fixed_stride_order,)
 
@@ -26,20 +25,6 @@ def all_gather(x_shard: Tensor, group: str, site: str = "", rows: int | None = N
     return chunked.gather(plan, x_shard, group, site)
 
 
-def all_gather_into(out: Tensor, x_shard: Tensor, group: str, site: str = "") -> None:
-    """Gather row shards into ``out [M, ...]``, while a reduce-scatter of the group may be under way.
-
-    ``x_shard [M/W, ...]``; not differentiable. Raises UserError if the shard does not fit M, TransportError
-    if a peer fails.
-    """
-    plan = plan_of("all_gather", rows_per_rank(x_shard, group, out.shape[0]), group)
-    if plan.kind == "direct":
-        with bulk.gathering(plan, x_shard, group, site) as gathered:
-            out.copy_(gathered())
-    else:
-        out.copy_(chunked.gather(plan, x_shard, group, site))
-
-
 @torch.library.custom_op("flashtrain::reduce_scatter", mutates_args=(), tags=TAGS)
 def reduce_scatter(x: Tensor, group: str, site: str = "", scale: float = 1.0) -> Tensor:
     """Sum over ranks and keep the own rows: ``x [M, ...]`` -> ``x_shard [M/W, ...]``.
@@ -47,19 +32,9 @@ def reduce_scatter(x: Tensor, group: str, site: str = "", scale: float = 1.0) ->
     The fp32 sum is multiplied by ``scale`` before it is rounded (1/W makes a mean). Backward is
     all-gather. Raises TransportError if a peer fails.
     """
-    world = groups.resolve(group).size()
-    plan = plan_of("reduce_scatter", split_rows(x.shape[0], world), group)
-    x = x.contiguous()
-    if plan.kind == "direct":
-        with bulk.scattering(plan, x, group, site, scale) as scattered:
-            return scattered()
-    flat = x.reshape(x.shape[0], -1) if x.numel() else x.new_empty(x.shape[0], x[:1].numel())
-
-    def partial(chunk: int, out: Tensor) -> None:
-        out.copy_(flat[plan.rows_in(chunk)])
-
-    own = chunked.reduce(plan, flat, flat.shape[1], group, site, partial, scale)
-    return own.reshape(own.shape[0], *x.shape[1:])
+    out = x.new_empty(own_rows(x, group), *x.shape[1:])
+    into.reduce_scatter(out, x, group, site, scale)
+    return out
 
 
 def all_reduce(x: Tensor, group: str, site: str = "", scale: float = 1.0) -> Tensor:

@@ -90,9 +90,9 @@ class _Fused:
         self._keep = Carriers(self.mover, self.plan, cargos, self.carriers, source, given, device)
         return self._keep.call
 
-    def _start(self, given: list[int], site: str) -> int:
+    def _start(self, given: list[int], site: str) -> None:
         self.mover.hold(self)
-        return self.mover.start(self.product, self.messages.nbytes, given, site)
+        self.mover.start(self.product, self.messages.nbytes, given, site)
 
 
 class FusedGather(_Fused):
@@ -163,13 +163,13 @@ class FusedGather(_Fused):
         started, mover = clock(), self.mover
         x_shard, w = self._operands(x_shard, w)
         y = x_shard.new_empty(self.rows, self.columns)
-        epoch = self._start([x_shard.data_ptr(), w.data_ptr(), y.data_ptr()], site)
+        self._start([x_shard.data_ptr(), w.data_ptr(), y.data_ptr()], site)
         if landed is not None:
             try:
                 # Beside the kernel, which has it already.
                 mover.keep(x_shard.data_ptr(), self.own_offset, x_shard.nbytes, site)
                 mover.wait_for_all(site)
-                landed(mover.arena.view(epoch, x_shard.dtype, (self.rows, x_shard.shape[1])), False)
+                landed(mover.landed(x_shard.dtype, (self.rows, x_shard.shape[1])), False)
             except BaseException:
                 mover.abandon()
                 raise

@@ -27,9 +27,10 @@ class _Sending:
         self.sends = list(range(len(self.messages.sends)))
         self.offsets = [(plan.chunks[send.chunk].offset - first) * row_bytes for send in self.messages.sends]
         self.own_offset = self.own.start * row_bytes
+        self.nbytes = sum(plan.chunks[send.chunk].rows * row_bytes for send in self.messages.sends)
 
-    def begin(self, site: str) -> int:
-        return self.mover.begin(self.messages, site)
+    def begin(self, site: str) -> None:
+        self.mover.begin(self.messages, site)
 
     def sources(self, tensor: Tensor) -> list[int]:
         begin = tensor.data_ptr()
@@ -63,9 +64,9 @@ class StreamedGather(_Sending):
         started, mover = clock(), self.mover
         x_shard = x_shard.contiguous()
         y = x_shard.new_empty(self.rows, w.shape[0])
-        epoch = mover.begin_early(self.messages, self.sources(x_shard), site)
+        mover.begin_early(self.messages, self.sources(x_shard), site)
         try:
-            gathered = mover.arena.view(epoch, x_shard.dtype, (self.rows, x_shard.shape[1]))
+            gathered = mover.landed(x_shard.dtype, (self.rows, x_shard.shape[1]))
             if landed is not None:
                 mover.keep(x_shard.data_ptr(), self.own_offset, x_shard.nbytes, site)
             turned = w.t()
@@ -88,6 +89,70 @@ class StreamedGather(_Sending):
         mover.finish(site)
         mover.traffic.operating += clock() - started
         return y
+
+
+class GatherInto(_Sending):
+    """``out [M, ...] = AG(x_shard [M/W, ...])`` for an ``out`` of this shape and dtype.
+
+    Where ``out`` is what ``output`` gave, nothing is copied on the way: it is the landing buffer.
+    """
+
+    def __init__(
+        self, mover: "NvlinkTransport", plan: Schedule, shape: torch.Size, dtype: torch.dtype
+    ) -> None:
+        super().__init__(mover, plan, shape[1:].numel() * dtype.itemsize, plan.own_rows.start)
+        self.shape, self.dtype = shape, dtype
+        around = slice(0, self.own.start), slice(self.own.stop, plan.rows)
+        self._others = [rows for rows in around if rows.stop > rows.start]
+
+    def output(self, site: str, overdue: Callable[[], None]) -> Tensor | None:
+        """An ``out`` for the next gather of this transport, or None: see ``NvlinkTransport.lend``."""
+        return self.mover.lend(self.messages, self.dtype, self.shape, site, overdue)
+
+    def __call__(self, out: Tensor, x_shard: Tensor, site: str) -> None:
+        """Fill ``out``, whose own rows ``x_shard`` may be. Raises TransportError if a peer has failed."""
+        started, mover = clock(), self.mover
+        x_shard = x_shard.contiguous()
+        lent = mover.begin_early(self.messages, self.sources(x_shard), site, out)
+        try:
+            if x_shard.data_ptr() != out.data_ptr() + self.own_offset:
+                out[self.own] = x_shard
+            if not lent:
+                mover.wait_for_all(site)
+                landed = mover.landed(self.dtype, self.shape)
+                for rows in self._others:
+                    out[rows] = landed[rows]
+        except BaseException:
+            mover.abandon()
+            raise
+        mover.finish(site)
+        mover.traffic.bytes_sent += self.nbytes
+        mover.traffic.operating += clock() - started
+
+
+class ScatterInto(_Sending):
+    """``out [M/W, ...] = RS(x [M, ...])`` for an ``x`` of this shape and dtype, contiguous as ``out``."""
+
+    def __init__(
+        self, mover: "NvlinkTransport", plan: Schedule, shape: torch.Size, dtype: torch.dtype
+    ) -> None:
+        super().__init__(mover, plan, shape[1:].numel() * dtype.itemsize, 0)
+        self._dtype, self._slots = dtype, (plan.world, self.own.stop - self.own.start, *shape[1:])
+
+    def __call__(self, out: Tensor, x: Tensor, site: str, scale: float) -> None:
+        """Added in rank order in fp32, times ``scale``. Raises TransportError if a peer has failed."""
+        started, mover = clock(), self.mover
+        mover.begin_early(self.messages, self.sources(x), site)
+        try:
+            mover.wait_for_all(site)
+            slots = mover.landed(self._dtype, self._slots)
+            choice.ordered_sum(slots, scale, own=(self.plan.rank, x[self.own]), out=out)
+        except BaseException:
+            mover.abandon()
+            raise
+        mover.finish(site)
+        mover.traffic.bytes_sent += self.nbytes
+        mover.traffic.operating += clock() - started
 
 
 class StreamedColumn:
@@ -134,14 +199,14 @@ class StreamedColumn:
         started, scatter, gather = clock(), self._scatter, self._gather
         # Then it leaves while the device is still busy with what comes before: the host is ahead of it.
         since = scatter.mover if settled and x.is_contiguous() else None
-        x, x_epoch = x.contiguous(), 0
+        x = x.contiguous()
         partials = dy.new_empty(dy.shape[0], self._columns)
         # Before the pushes: it is written on their stream, which comes after whatever used this memory.
         dx_shard = dy.new_empty(self._slots[1:])
         under_way = []
         try:
             if gather is not None:
-                x_epoch = gather.begin(site)
+                gather.begin(site)
                 under_way.append(gather.mover)
             # The product goes to the device before the copies, which need not wait for it.
             if self._plain:
@@ -151,15 +216,15 @@ class StreamedColumn:
             if gather is not None:
                 gather.mover.push_early(gather.sends, gather.sources(x), site, since)
                 gather.mover.keep(x.data_ptr(), gather.own_offset, x.nbytes, site)
-            epoch = scatter.begin(site)
+            scatter.begin(site)
             under_way.append(scatter.mover)
             scatter.mover.push(scatter.sends, scatter.sources(partials), site)
-            slots = scatter.mover.arena.view(epoch, partials.dtype, self._slots)
+            slots = scatter.mover.landed(partials.dtype, self._slots)
             with torch.cuda.stream(self._beside(scatter.mover.wait_beside(site), dy.device)):
                 choice.ordered_sum(slots, own=(scatter.plan.rank, partials[scatter.own]), out=dx_shard)
             if gather is not None:
                 gather.mover.wait_for_all(site)
-                x = gather.mover.arena.view(x_epoch, x.dtype, (dy.shape[0], self._columns))
+                x = gather.mover.landed(x.dtype, (dy.shape[0], self._columns))
             multiply(x)
             while under_way:
                 under_way[-1].finish(site)

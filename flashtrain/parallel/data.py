@@ -11,32 +11,47 @@ from torch.distributed.device_mesh import DeviceMesh
 from torch.distributed.fsdp import FSDPModule, fully_shard
 from torch.distributed.fsdp._fully_shard._fsdp_api import AllGather, ReduceScatter
 
-from flashtrain.comm import collectives
+from flashtrain.comm import into
 from flashtrain.errors import UserError
 
 
-class _Allocate:
+class ScheduledAllGather(AllGather):
+    """FSDP2's all-gather of flat parameter shards by the all-gather schedule.
+
+    With ``group``, the ranks that it is among, FSDP2 reads what was gathered where it landed, while up to
+    ``ahead`` other units are gathered ahead. FSDP2 drops an output when the streams that it gathers on come
+    after what reads it, since the allocator may reuse the memory there: that is all that a loan asks for.
+    """
+
+    def __init__(self, site: str, group: str | None = None, ahead: int = 1) -> None:
+        self.site, self._group, self._ahead = site, group, ahead
+
     def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        if self._group is not None:
+            shape = torch.Size(size)
+            lent = into.output(shape, dtype, device, self._group, self.site, self._copy, self._ahead)
+            if lent is not None:
+                return lent
         return torch.empty(*size, dtype=dtype, device=device)
 
-
-class ScheduledAllGather(_Allocate, AllGather):
-    """FSDP2's all-gather of flat parameter shards by the all-gather schedule."""
-
-    def __init__(self, site: str) -> None:
-        self.site = site
+    def _copy(self) -> None:
+        """This unit's output is held for long: for a copy of its own it need not wait."""
+        self._group = None
 
     def __call__(
         self, output_tensor: Tensor, input_tensor: Tensor, group: dist.ProcessGroup, async_op: bool = False
     ) -> None:
-        collectives.all_gather_into(output_tensor, input_tensor, group.group_name, self.site)
+        into.all_gather(output_tensor, input_tensor, group.group_name, self.site, self._ahead)
 
 
-class ScheduledReduceScatter(_Allocate, ReduceScatter):
+class ScheduledReduceScatter(ReduceScatter):
     """FSDP2's reduce-scatter of flat gradients: partials added in rank order in fp32, rounded once."""
 
     def __init__(self, site: str) -> None:
         self.site = site
+
+    def allocate(self, size: Sequence[Any], *, dtype: torch.dtype, device: torch.device) -> Tensor:
+        return torch.empty(*size, dtype=dtype, device=device)
 
     def __call__(
         self,
@@ -49,7 +64,7 @@ class ScheduledReduceScatter(_Allocate, ReduceScatter):
         if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
             raise NotImplementedError(f"gradients are reduced by sum or mean, not by {op}")
         scale = 1.0 / group.size() if op == dist.ReduceOp.AVG else 1.0
-        output_tensor.copy_(collectives.reduce_scatter(input_tensor, group.group_name, self.site, scale))
+        into.reduce_scatter(output_tensor, input_tensor, group.group_name, self.site, scale)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -58,7 +73,8 @@ class Sharding:
 
     ``reshard``: free a block's gathered parameters after its forward pass and gather them again for its
     backward pass. ``prefetch``: blocks whose parameters are gathered ahead of the one that runs; 1 is what
-    FSDP2 does by itself, more take as many blocks' memory.
+    FSDP2 does by itself, more take as many blocks' memory. On nvlink, of the largest block as many landing
+    buffers as 2 more, if ``comm.arena_bytes`` allows them.
     """
 
     reshard: bool = True
@@ -90,10 +106,11 @@ def shard(
         fully_shard(unit, mesh=mesh, reshard_after_forward=reshard, ignored_params=ignored)
     fully_shard(model, mesh=mesh, ignored_params=ignored)
     names = {id(module): name or "model" for name, module in model.named_modules()}
+    group = mesh.get_group().group_name
     for unit in (*units, model):
         assert isinstance(unit, FSDPModule)
         site = f"{names[id(unit)]} (data)"
-        unit.set_custom_all_gather(ScheduledAllGather(site))
+        unit.set_custom_all_gather(ScheduledAllGather(site, group, sharding.prefetch))
         unit.set_custom_reduce_scatter(ScheduledReduceScatter(site))
         # With a plain sum FSDP scales the gradients itself, in its own order of operations; asking for it
         # keeps the op among the two that this reduce-scatter knows.

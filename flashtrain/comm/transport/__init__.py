@@ -112,11 +112,12 @@ def spare_sms() -> int:
     return max(_settings.spare_sms, NCCL_BLOCKS if over_nccl else 1)
 
 
-def of(group_name: str, device: torch.device, lane: int = 0) -> Transport:
+def of(group_name: str, device: torch.device, lane: int = 0, buffers: int = 2) -> Transport:
     """The transport that moves tensors of ``device`` between the ranks of the named process group.
 
     An operation that is to begin while another of the group is under way goes by another ``lane``: a
-    transport of its own where one can run only one at a time. Collective over the group at its first call.
+    transport of its own where one can run only one at a time. ``buffers``: how many landing buffers it gets,
+    if it is made now and has any (``nvlink``). Collective over the group at its first call.
     Raises UserError if ``Settings.transport`` asks for one that this group or machine cannot have, or if
     that first call is made while a CUDA graph is captured.
 
@@ -135,7 +136,8 @@ def of(group_name: str, device: torch.device, lane: int = 0) -> Transport:
             )
         first = of(group_name, device) if lane else None
         spare = spare_sms()
-        found = first if first and not first.one_at_a_time else _choose(groups.resolve(group_name), device)
+        shared = first is not None and not first.one_at_a_time
+        found = first if first and shared else _choose(groups.resolve(group_name), device, buffers)
         _transports[key] = found
         if spare_sms() != spare:
             for transport in in_use():
@@ -152,14 +154,14 @@ def assign(group_name: str, device_type: str, transport: Transport) -> None:
     _transports[group_name, device_type, 0] = transport
 
 
-def _choose(group: dist.ProcessGroup, device: torch.device) -> Transport:
+def _choose(group: dist.ProcessGroup, device: torch.device, buffers: int = 2) -> Transport:
     wanted, backend = _settings.transport, groups.backend(group, device.type)
     if wanted != "group" and group.size() > 1 and backend != "fake":
-        attempts = {"cpu": ("host", _try_host), "cuda": ("nvlink", _try_nvlink)}
-        name, attempt = attempts.get(device.type, ("", None))
+        name = {"cpu": "host", "cuda": "nvlink"}.get(device.type, "")
         transport, why_not = None, f"its ranks hold {device.type} tensors"
-        if attempt is not None and wanted in ("auto", name):
-            transport, why_not = attempt(group, device)
+        if name and wanted in ("auto", name):
+            on_gpu = name == "nvlink"
+            transport, why_not = _try_nvlink(group, device, buffers) if on_gpu else _try_host(group, device)
         if transport is not None:
             return transport
         if wanted != "auto":
@@ -196,11 +198,12 @@ def exchange_of(group_name: str) -> Callable[[str], list[str]]:
     return _gather_strings(groups.resolve(group_name))
 
 
-def _try_nvlink(group: dist.ProcessGroup, device: torch.device) -> tuple[Transport | None, str]:
+def _try_nvlink(group: dist.ProcessGroup, device: torch.device, buffers: int) -> tuple[Transport | None, str]:
     from flashtrain.comm.transport.connect import connect
 
     chosen = _settings
-    return connect(group, device, chosen.timeout, chosen.arena_bytes, _gather_strings(group), chosen.graphs)
+    exchange = _gather_strings(group)
+    return connect(group, device, chosen.timeout, chosen.arena_bytes, exchange, chosen.graphs, buffers)
 
 
 def _try_host(group: dist.ProcessGroup, device: torch.device) -> tuple[Transport | None, str]:

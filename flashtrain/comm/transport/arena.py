@@ -1,4 +1,4 @@
-"""The landing buffers of one group: two of equal size on every rank, for even and odd epochs."""
+"""The landing buffers of one group: some of equal size on every rank, which operations use in turn."""
 
 import logging
 from collections.abc import Callable
@@ -18,8 +18,9 @@ class Arena:
     It grows when an operation needs more than it has, which all ranks see at the same operation because they
     compute the need of the largest rank: ``quiesce`` (collective) waits until nothing moves on any rank,
     ``exchange`` compares the new sizes, then the old memory is freed and ``allocate`` (collective) makes the
-    new. Otherwise nothing is allocated or freed. ``moved`` learns the new addresses and the distance in bytes
-    between the two buffers. After ``pin`` the memory in use is never freed but by ``free``.
+    new. Otherwise nothing is allocated or freed. ``moved`` learns the new addresses, the distance in bytes
+    between two buffers, and how many there are: ``most``, or two where the budget allows no more. After
+    ``pin`` the memory in use is never freed but by ``free``.
     """
 
     def __init__(
@@ -27,13 +28,15 @@ class Arena:
         allocate: Callable[[int], SymmetricBuffer],
         exchange: Callable[[str], list[str]],
         quiesce: Callable[[], None],
-        moved: Callable[[tuple[int, ...], int], None],
+        moved: Callable[[tuple[int, ...], int, int], None],
         budget: int,
+        most: int = 2,
     ) -> None:
         self._allocate, self._exchange, self._quiesce, self._moved = allocate, exchange, quiesce, moved
-        self.budget = budget
+        self.budget, self._most = budget, most
         self._buffer: SymmetricBuffer | None = None
-        self._half = 0
+        self._each = 0
+        self.buffers = most
         self._pinned = False
         self._kept: list[SymmetricBuffer] = []
         self._views: dict[tuple[int, torch.dtype, tuple[int, ...]], Tensor] = {}
@@ -41,12 +44,12 @@ class Arena:
     @property
     def nbytes(self) -> int:
         """Device memory that this rank holds."""
-        return 2 * self._half + sum(buffer.memory.nbytes for buffer in self._kept)
+        return self.buffers * self._each + sum(buffer.memory.nbytes for buffer in self._kept)
 
     @property
     def room(self) -> int:
         """Bytes of each buffer."""
-        return self._half
+        return self._each
 
     def pin(self) -> None:
         """CUDA graphs hold the addresses of the memory that is in use now."""
@@ -57,17 +60,18 @@ class Arena:
 
         Raises UserError if that exceeds the budget, TransportError if ranks differ in what they need.
         """
-        if nbytes <= self._half and self._buffer is not None:
+        if nbytes <= self._each and self._buffer is not None:
             return
-        half = max(1, -(-nbytes // ALIGNMENT)) * ALIGNMENT
-        kept = self.nbytes if self._pinned else self.nbytes - 2 * self._half
-        if 2 * half + kept > self.budget:
+        each = max(1, -(-nbytes // ALIGNMENT)) * ALIGNMENT
+        kept = self.nbytes if self._pinned else self.nbytes - self.buffers * self._each
+        buffers = self._most if self._most * each + kept <= self.budget else 2
+        if buffers * each + kept > self.budget:
             raise UserError(
-                f"{site or 'an operation'} needs landing buffers of 2 x {_mib(half)}"
+                f"{site or 'an operation'} needs landing buffers of 2 x {_mib(each)}"
                 f"{f' beside {_mib(kept)} that CUDA graphs use' if kept else ''}, but comm.arena_bytes "
                 f"allows {_mib(self.budget)}; raise it, or use more ranks or fewer tokens"
             )
-        failure, mine = None, str(half)
+        failure, mine = None, str(each)
         try:
             self._quiesce()
         except RuntimeError as error:
@@ -86,22 +90,23 @@ class Arena:
             self._kept.append(self._buffer)
         self._buffer, self._pinned = None, False
         with torch.inference_mode(False):
-            self._buffer = self._allocate(2 * half)
-        self._half = half
-        self._moved(self._buffer.addresses, half)
+            self._buffer = self._allocate(buffers * each)
+        self.buffers, self._each = buffers, each
+        self._moved(self._buffer.addresses, each, buffers)
         log.info(
-            "landing buffers of %d ranks: 2 x %s a rank, of at most %s in all (for %s)",
-            len(self._buffer.addresses), _mib(half), _mib(self.budget), site or "an unnamed site",
+            "landing buffers of %d ranks: %d x %s a rank, of at most %s in all (for %s)%s",
+            len(self._buffer.addresses), buffers, _mib(each), _mib(self.budget), site or "an unnamed site",
+            "" if buffers == self._most else f"; with {self._most} of them less would be copied",
         )  # fmt: skip
 
-    def view(self, epoch: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
-        """The buffer of ``epoch`` as a contiguous tensor ``[*shape]``; views are made once and kept."""
-        key = (epoch % 2, dtype, shape)
+    def view(self, place: int, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        """Buffer ``place`` as a contiguous tensor ``[*shape]``; views are made once and kept."""
+        key = (place, dtype, shape)
         view = self._views.get(key)
         if view is None:
             assert self._buffer is not None
             nbytes = torch.Size(shape).numel() * dtype.itemsize
-            start = epoch % 2 * self._half
+            start = place * self._each
             # A view made in inference mode could not be written outside it.
             with torch.inference_mode(False):
                 view = self._buffer.memory[start : start + nbytes].view(dtype).view(shape)
@@ -114,7 +119,7 @@ class Arena:
         """Give the memory back; nothing may move on any rank."""
         self._views.clear()
         self._kept.clear()
-        self._buffer, self._half = None, 0
+        self._buffer, self._each = None, 0
 
 
 def _mib(nbytes: int) -> str:

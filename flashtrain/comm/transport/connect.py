@@ -24,11 +24,12 @@ def connect(
     arena_bytes: int,
     exchange: Callable[[str], list[str]],
     graphs: bool = False,
+    buffers: int = 2,
 ) -> tuple[NvlinkTransport | None, str]:
     """The transport of ``group``, tried out, or None and why not; the same on all ranks. Collective.
 
     ``timeout`` in seconds; ``exchange`` gathers one string from every rank of the group. With ``graphs`` it
-    has another for captured operations.
+    has another for captured operations; ``buffers`` are its landing buffers.
     """
     if device.index is None:
         device = torch.device(device.type, torch.cuda.current_device())
@@ -85,6 +86,7 @@ def connect(
                 arena_bytes=arena_bytes,
                 has_kernels=not any(kernels),
                 in_graphs=in_graphs,
+                buffers=2 if in_graphs else buffers,
             )
         except RuntimeError as error:
             failure = first_line(error)

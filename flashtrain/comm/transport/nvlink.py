@@ -28,6 +28,7 @@ from torch import Tensor
 from flashtrain.comm.schedule import Expect, Schedule, Send, all_gather
 from flashtrain.comm.transport.arena import Arena
 from flashtrain.comm.transport.base import Exchange, Transport, capturing, clock
+from flashtrain.comm.transport.loans import Loans
 from flashtrain.comm.transport.messages import Plan
 from flashtrain.comm.transport.symmetric import SymmetricBuffer
 from flashtrain.errors import TransportError
@@ -45,6 +46,7 @@ class NvlinkTransport(Transport):
     symmetric memory and ``exchange`` gathers one string from every rank, both collective; ``quiesce`` waits
     until this rank's device is idle; ``arena_bytes`` is the most that landing buffers may take. ``stream()``
     is the handle of the stream that computes. ``has_kernels``: all ranks can run the fused products.
+    ``buffers``: how many landing buffers there are, if the arena holds them; from three on they can be lent.
     ``in_graphs``: for captured operations alone. Raises RuntimeError if the driver lacks something.
     """
 
@@ -67,6 +69,7 @@ class NvlinkTransport(Transport):
         arena_bytes: int,
         has_kernels: bool = False,
         in_graphs: bool = False,
+        buffers: int = 2,
         driver: str = DRIVER,
         epoch: int = 0,
     ) -> None:
@@ -96,13 +99,17 @@ class NvlinkTransport(Transport):
             quiesce()
             self.check()
 
-        self.arena = Arena(allocate, exchange, settle, self._use_landings, arena_bytes)
+        self.arena = Arena(allocate, exchange, settle, self._use_landings, arena_bytes, buffers)
+        self.loans = Loans(quiesce) if buffers > 2 else None
 
-    def _use_landings(self, landings: tuple[int, ...], stride: int) -> None:
+    def _use_landings(self, landings: tuple[int, ...], stride: int, buffers: int) -> None:
         # Kept until the end: CUDA graphs may hold the address of an older one.
-        pages = torch.tensor(self._engine.directory(landings, stride), dtype=torch.int64, device=self.device)
+        found = self._engine.directory(landings, stride, buffers)
+        pages = torch.tensor(found, dtype=torch.int64, device=self.device)
         self._directories.append(pages)
-        self._engine.use_landings(landings, stride, pages.data_ptr())
+        self._engine.use_landings(landings, stride, pages.data_ptr(), buffers)
+        if self.loans is not None:
+            self.loans.reset(buffers)
 
     def open(self, schedule: Schedule, site: str) -> "NvlinkExchange":
         if self._engine is None:
@@ -156,17 +163,52 @@ class NvlinkTransport(Transport):
             found = self._plans[key] = Plan(self.core, schedule, row_bytes, parts, engines)
         return found
 
-    def start(self, product: Any, nbytes: int, given: list[int], site: str) -> int:
-        """Begin a fused product that lands ``nbytes`` at the most; returns its epoch. End it with ``finish``.
+    def lend(
+        self,
+        messages: Plan,
+        dtype: torch.dtype,
+        shape: tuple[int, ...],
+        site: str,
+        overdue: Callable[[], None],
+    ) -> Tensor | None:
+        """A tensor ``[*shape]`` for what the next operation gathers, to be read after it, or None.
+
+        That operation must go by ``messages`` and be given it (``begin_early``). From now on the current
+        stream may write the own rows. See ``transport.loans`` for when it must be dropped; if it is held for
+        longer it moves, and ``overdue`` is called. Errors as of ``start``.
+        """
+        if self.loans is None or capturing():
+            return None
+        self.reserve(messages.nbytes, site)
+        place = self._engine.next_place
+        if self.arena.buffers < 3:
+            return None
+        lent = self.loans.lend(self.arena.view(place, dtype, shape), site, overdue)
+        if lent is not None and not self.loans.settled(place):
+            self.call(self._engine.let_follow, site, "allocation", self._stream())
+        return lent
+
+    def _opening(self, out: Tensor | None = None) -> bool:
+        """An operation is about to be opened; whether it lands in ``out``, which was lent for it."""
+        if self.loans is None:
+            return False
+        lent = out is not None and self.loans.take(out)
+        self.loans.opening(self._engine.next_place)
+        return lent
+
+    def landed(self, dtype: torch.dtype, shape: tuple[int, ...]) -> Tensor:
+        """The landing buffer of the operation that is open, ``[*shape]``."""
+        return self.arena.view(self._engine.place, dtype, shape)
+
+    def start(self, product: Any, nbytes: int, given: list[int], site: str) -> None:
+        """Begin a fused product that lands ``nbytes`` at the most. End it with ``finish``.
 
         ``given``: the addresses that ``product`` (of flashtrain._core) takes. Raises TransportError if a peer
         has failed, UserError if the landing buffer passes its budget.
         """
         self.reserve(nbytes, site)
-        epoch: int = self.call(
-            self._engine.start, site, "fused product", product, site, self._stream(), given
-        )
-        return epoch
+        self._opening()
+        self.call(self._engine.start, site, "fused product", product, site, self._stream(), given)
 
     def begin(self, messages: Plan, site: str) -> int:
         """Begin an operation by hand; returns its epoch. ``push`` or ``push_early``, wait, then ``finish``.
@@ -174,19 +216,21 @@ class NvlinkTransport(Transport):
         Errors as of ``start``.
         """
         self.reserve(messages.nbytes, site)
+        self._opening()
         epoch: int = self.call(
             self._engine.open, site, messages.schedule.op, messages.program, site, self._stream(), False
         )
         return epoch
 
-    def begin_early(self, messages: Plan, sources: list[int], site: str) -> int:
-        """The same, and push everything at once, each send from an address where it is complete."""
+    def begin_early(self, messages: Plan, sources: list[int], site: str, out: Tensor | None = None) -> bool:
+        """The same, and push everything at once, each send from an address where it is complete.
+
+        Returns whether what arrives lands in ``out``, because that was lent for it.
+        """
         self.reserve(messages.nbytes, site)
-        program, stream = messages.program, self._stream()
-        epoch: int = self.call(
-            self._engine.open_early, site, messages.schedule.op, program, site, stream, sources
-        )
-        return epoch
+        lent, program, stream = self._opening(out), messages.program, self._stream()
+        self.call(self._engine.open_early, site, messages.schedule.op, program, site, stream, sources)
+        return lent
 
     def push(self, sends: list[int], sources: list[int], site: str) -> None:
         """Push sends of these numbers, each from an address, behind what the stream now holds."""
@@ -197,9 +241,10 @@ class NvlinkTransport(Transport):
     ) -> None:
         """The same at once, for what was complete at the beginning.
 
-        What was complete when the last operation of ``settled`` ended need not wait for the beginning.
+        What was complete when the last operation of ``settled`` ended need not wait for the beginning, unless
+        buffers here are lent.
         """
-        by = None if settled is None else settled._engine
+        by = None if settled is None or self.loans is not None else settled._engine
         self.call(self._engine.push_early, site, "push", sends, sources, by)
 
     def keep(self, source: int, offset: int, nbytes: int, site: str) -> None:
@@ -315,9 +360,10 @@ class NvlinkExchange(Exchange):
         transport = self.transport
         plan = transport.plan(self.schedule, row_bytes)
         transport.reserve(plan.nbytes, self.site)
-        epoch = self._call(self._engine.open, plan.program, self.site, transport._stream(), False)
+        transport._opening()
+        self._call(self._engine.open, plan.program, self.site, transport._stream(), False)
         self._plan = plan
-        return transport.arena.view(epoch, like.dtype, (plan.rows, *row_shape))
+        return transport.landed(like.dtype, (plan.rows, *row_shape))
 
     def begin(self, payload: Callable[[Send], Tensor]) -> Collection[Send]:
         # Every own chunk to everyone in one call: the host leaves no gaps between the copies.

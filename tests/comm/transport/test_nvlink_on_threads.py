@@ -18,6 +18,7 @@ from flashtrain.comm.schedule import Schedule, all_gather, all_to_all, reduce_sc
 from flashtrain.comm.transport import messages
 from flashtrain.comm.transport.arena import Arena
 from flashtrain.comm.transport.symmetric import SymmetricBuffer
+from flashtrain.errors import UserError
 from tests.comm.transport import fake_gpu
 from tests.comm.transport.fake_gpu import Ranks, Stream
 from tests.comm.transport.fake_operations import Fused, Kept, Operation, contribution, random_rows
@@ -280,7 +281,7 @@ def test_what_was_complete_before_leaves_while_the_stream_is_busy() -> None:
             lane.keep(source.data_ptr() + 12 * own.start, 12 * own.start, source[own].nbytes, "lane")
             lane.wait_for_all("lane")
             stream.sleep(delays.randrange(1000))
-            stream.copy(found, lane.arena.view(epoch, torch.int32, (schedule.rows, 3)))
+            stream.copy(found, lane.landed(torch.int32, (schedule.rows, 3)))
             lane.finish("lane")
             checks.append(partial(_equal, found, wholes[salt]))
         while any(int(flags[peer]) < epoch for peer in range(world) if peer != rank):
@@ -365,11 +366,11 @@ def test_an_arena_grows_in_an_order_that_leaves_nobody_without_memory() -> None:
     for nbytes in (10, 3 << 20, 5):
         arena.reserve(nbytes, "up")
     # Idle everywhere, then known to be idle everywhere, then the memory changes.
-    first = ["idle", "exchange", "allocate", ((1, 2), 2 << 20)]
-    assert events == [*first, "idle", "exchange", "allocate", ((1, 2), 4 << 20)]
-    view = arena.view(3, torch.bfloat16, (5, 7))
-    assert arena.view(5, torch.bfloat16, (5, 7)) is view
-    assert view.data_ptr() - arena.view(2, torch.bfloat16, (5, 7)).data_ptr() == 4 << 20
+    first = ["idle", "exchange", "allocate", ((1, 2), 2 << 20, 2)]
+    assert events == [*first, "idle", "exchange", "allocate", ((1, 2), 4 << 20, 2)]
+    view = arena.view(1, torch.bfloat16, (5, 7))
+    assert arena.view(1, torch.bfloat16, (5, 7)) is view
+    assert view.data_ptr() - arena.view(0, torch.bfloat16, (5, 7)).data_ptr() == 4 << 20
 
     def fails() -> None:
         raise RuntimeError("the device has failed")
@@ -378,6 +379,23 @@ def test_an_arena_grows_in_an_order_that_leaves_nobody_without_memory() -> None:
     with pytest.raises(RuntimeError, match="the device has failed"):
         arena.reserve(9 << 20, "up")
     assert events[-1] == "exchange"  # the others were told
+
+
+def test_an_arena_has_as_many_buffers_as_its_budget_allows_but_two() -> None:
+    made: list[Any] = []
+
+    def allocate(nbytes: int) -> SymmetricBuffer:
+        return SymmetricBuffer(torch.empty(nbytes, dtype=torch.uint8), (1, 2))
+
+    arena = Arena(allocate, lambda text: [text], lambda: None, lambda *new: made.append(new[1:]), 20 << 20, 4)
+    for mib, buffers, held in ((2, 4, 8), (5, 2, 12), (10, 2, 20)):  # in steps of 2 MiB
+        arena.reserve(mib << 20, "up")
+        assert (arena.buffers, arena.nbytes >> 20) == (buffers, held)
+        assert made[-1] == (arena.room, buffers)
+    with pytest.raises(
+        UserError, match=r"landing buffers of 2 x 12 MiB, but comm\.arena_bytes allows 20 MiB"
+    ):
+        arena.reserve(11 << 20, "up")
 
 
 def test_an_operation_ends_with_all_its_arrivals() -> None:
