@@ -5,8 +5,13 @@ communication differs in one thing: where the others exchange, it copies its own
 ranks, and takes its own part of a gradient for the sum. So it launches the same products on values alike,
 with FSDP2's own copies, and what a step takes longer than its step is the exposed communication, the
 slower products beside transfers included. Its losses mean nothing.
+
+A host that is no further than the device sets the pace, and each collective takes some of its time: that is
+noted as well, of both calls that FSDP2 makes into one (``allocate`` and the collective itself).
 """
 
+import statistics
+import time
 from collections.abc import Callable, Sequence
 from typing import Any
 
@@ -60,6 +65,33 @@ class NoReduceScatter(_Allocate, ReduceScatter):
         output_tensor.copy_(input_tensor.view(group.size(), -1)[group.rank()].view_as(output_tensor))
 
 
+class Timed:
+    """Another collective of FSDP2; ``spent`` grows by the seconds of the host in each of its calls."""
+
+    def __init__(self, inner: Any, spent: list[float]) -> None:
+        self._inner, self._spent = inner, spent
+
+    def allocate(self, *arguments: Any, **options: Any) -> Any:
+        started = time.perf_counter()
+        found = self._inner.allocate(*arguments, **options)
+        self._spent[-1] += time.perf_counter() - started
+        return found
+
+    def __call__(self, *arguments: Any, **options: Any) -> Any:
+        started = time.perf_counter()
+        found = self._inner(*arguments, **options)
+        self._spent[-1] += time.perf_counter() - started
+        self._spent.append(0.0)
+        return found
+
+
+def _parameter_groups(unit: Any) -> list[Any]:
+    """What FSDP2 keeps of a unit; torch has one, or a list of them."""
+    state = unit._get_fsdp_state()
+    found: list[Any] = getattr(state, "_fsdp_param_groups", None) or [state._fsdp_param_group]
+    return [group for group in found if group is not None]
+
+
 def _plain(model: Decoder, mesh: DeviceMesh) -> None:
     for unit in (*model.layers, model):
         fully_shard(unit, mesh=mesh)
@@ -87,6 +119,11 @@ class Copy:
             self.model: nn.Module = Decoder(config, torch.Generator(device).manual_seed(0))
         self.model.to(torch.bfloat16)
         shard(self.model, DeviceMesh.from_group(group, device.type, mesh_dim_names=("data",)))
+        self.gathers, self.scatters = [0.0], [0.0]  # seconds of the host, one a collective
+        for unit in self.model.modules():
+            for group in _parameter_groups(unit) if isinstance(unit, FSDPModule) else ():
+                group._all_gather_comm = Timed(group._all_gather_comm, self.gathers)
+                group._reduce_scatter_comm = Timed(group._reduce_scatter_comm, self.scatters)
         self._optimizer = torch.optim.AdamW(self.model.parameters(), lr=LEARNING_RATE, fused=True)
 
     def step(self, number: int) -> Tensor:
@@ -105,7 +142,8 @@ def measure(ranks: Ranks, report: Report) -> None:
     config = shapes.MODELS[settings.trained]
     names = [f"{settings.trained}, {batch} x {settings.sequence} a rank" for batch in settings.batches]
     report.plan("dp", names)
-    report.note("dp", {"exposed": "step less the step of a copy whose collectives copy locally"})
+    exposed = "step less the step of a copy whose collectives copy locally"
+    report.note("dp", {"exposed": exposed, "host_us": "of the first rank in a collective, median"})
     budget = Budget(settings.seconds)
     scheduled = resolve(ranks.new_group())
     for index, (name, batch) in enumerate(zip(names, settings.batches, strict=True)):
@@ -132,6 +170,8 @@ def _row(ranks: Ranks, copies: dict[str, Copy], batch: int, seconds: float) -> d
     if not abs(losses["ours"][0] / losses["nccl"][0] - 1) <= TOLERANCE:
         raise RuntimeError(f"the first losses differ: {losses['ours'][0]} and {losses['nccl'][0]} with NCCL")
     ranks.alive()
+    for copy in copies.values():
+        copy.gathers[:], copy.scatters[:] = [0.0], [0.0]
     calls: dict[str, Call] = {name: copy.step for name, copy in copies.items()}
     times = host_issued(calls, ranks, seconds=seconds / 2, sets=TOKEN_SETS)
     ms = {name: found.summary() for name, found in times.items()}
@@ -144,9 +184,18 @@ def _row(ranks: Ranks, copies: dict[str, Copy], batch: int, seconds: float) -> d
         "sequence": ranks.settings.sequence,
         "ms": ms,
         "exposed_ms": exposed,
+        "host_us": {
+            name: {"gather": _microseconds(copy.gathers), "scatter": _microseconds(copy.scatters)}
+            for name, copy in copies.items()
+        },
         "tokens_per_second": {
             name: round(tokens / s["median"] * 1e3) for name, s in ms.items() if name != "none"
         },
         "over_nccl": round(ms["nccl"]["median"] / ms["ours"]["median"], 4),
         "losses": {name: losses[name] for name in ("nccl", "ours")},
     }
+
+
+def _microseconds(spent: list[float]) -> float:
+    """The median; the last one is that of a collective yet to come."""
+    return round(1e6 * statistics.median(spent[:-1]), 1)

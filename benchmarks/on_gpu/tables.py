@@ -101,6 +101,7 @@ def _backward(rows: Sequence[Data], mode: str) -> Table:
 
 def _data_parallel(rows: Sequence[Data], _: str) -> Table:
     numbers = ("nccl", "ours", "no communication", "exposed nccl", "exposed ours", "nccl/ours", "tokens/s")
+    numbers += ("host of a gather + scatter, nccl", "ours, us")
     table = _table("a training step under FSDP2, ms", ("model", "a rank"), numbers)
     for row in rows:
         table.add_row(
@@ -110,6 +111,7 @@ def _data_parallel(rows: Sequence[Data], _: str) -> Table:
             *(_number(row["exposed_ms"][name], 2) for name in ("nccl", "ours")),
             _factor(row["over_nccl"]),
             str(row["tokens_per_second"]["ours"]),
+            *("{gather:.0f} + {scatter:.0f}".format(**row["host_us"][name]) for name in ("nccl", "ours")),
         )
     return table
 

@@ -62,7 +62,10 @@ class ScheduledReduceScatter(ReduceScatter):
         async_op: bool = False,
     ) -> None:
         if op not in (dist.ReduceOp.SUM, dist.ReduceOp.AVG):
-            raise NotImplementedError(f"gradients are reduced by sum or mean, not by {op}")
+            raise NotImplementedError(
+                f"gradients are reduced by sum or mean, not by {op}; for another divisor call "
+                "set_force_sum_reduction_for_comms(True)"
+            )
         scale = 1.0 / group.size() if op == dist.ReduceOp.AVG else 1.0
         into.reduce_scatter(output_tensor, input_tensor, group.group_name, self.site, scale)
 
@@ -112,9 +115,6 @@ def shard(
         site = f"{names[id(unit)]} (data)"
         unit.set_custom_all_gather(ScheduledAllGather(site, group, sharding.prefetch))
         unit.set_custom_reduce_scatter(ScheduledReduceScatter(site))
-        # With a plain sum FSDP scales the gradients itself, in its own order of operations; asking for it
-        # keeps the op among the two that this reduce-scatter knows.
-        unit.set_force_sum_reduction_for_comms(True)
     if sharding.prefetch > 1:
         _gather_ahead([unit for unit in units if isinstance(unit, FSDPModule)], sharding.prefetch)
     return model

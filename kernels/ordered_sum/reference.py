@@ -14,7 +14,7 @@ def ordered_sum(
 
     fp64 is added in fp64, integers in their own type. The order is the contract: floating-point sums
     depend on it, so a result that must not depend on timing may not depend on arrival. What ``own`` names is
-    read instead of its slot. The sum goes to ``out`` ``[...]``, or to a tensor of its own.
+    read instead of its slot. The sum goes to ``out`` ``[...]``, of the same dtype, or to a tensor of its own.
     """
     terms = list(slots)
     if own is not None:
@@ -25,5 +25,4 @@ def ordered_sum(
         total += term
     if scale != 1.0:
         total *= scale
-    total = total.to(slots.dtype)
-    return total if out is None else out.copy_(total)
+    return total.to(slots.dtype) if out is None else out.copy_(total)

@@ -95,6 +95,8 @@ def test_steps_of_data_parallelism_are_compared_with_one_that_sends_nothing(part
     assert [row["batch"] for row in parts["dp"]["rows"]] == [1, 2]
     for row in parts["dp"]["rows"]:
         assert set(row["ms"]) == {"nccl", "ours", "none"}
+        assert set(row["host_us"]) == set(row["ms"])
+        assert min(microseconds for one in row["host_us"].values() for microseconds in one.values()) > 0
         # A mean of two bf16 gradients is rounded once either way: the copies stay together.
         assert row["losses"]["ours"] == pytest.approx(row["losses"]["nccl"], rel=1e-2)
         for name, exposed in row["exposed_ms"].items():

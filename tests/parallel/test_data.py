@@ -7,7 +7,10 @@ import torch
 import torch.distributed as dist
 from torch import nn
 
-from flashtrain.comm import collectives, transport
+from flashtrain.comm import collectives, into, transport
+from flashtrain.comm.transport.base import Exchange
+from flashtrain.errors import UserError
+from flashtrain.kernels.ordered_sum import choice
 from flashtrain.models.decoder import Decoder
 from flashtrain.parallel import apply, data, mesh
 from flashtrain.parallel.mesh import DATA
@@ -25,8 +28,18 @@ def _collectives(rank: int, world: int) -> list[str]:
     failures = []
     group = dist.group.WORLD
     gather, scatter = data.ScheduledAllGather("layer (data)"), data.ScheduledReduceScatter("layer (data)")
-    for mover in ("host", "group"):
-        transport.configure(transport.Settings(transport=mover))
+    elsewhere: list[str] = []
+    real = Exchange.landing_buffer
+
+    def landing_buffer(exchange: Exchange, *arguments: Any) -> torch.Tensor:
+        elsewhere.append(exchange.schedule.op)
+        return real(exchange, *arguments)
+
+    Exchange.landing_buffer = landing_buffer
+    for mover, kind, subchunks in (
+        ("host", "direct", 1), ("group", "direct", 1), ("host", "direct", 2), ("host", "ring", 2)
+    ):  # fmt: skip
+        transport.configure(transport.Settings(transport=mover, kind=kind, subchunks=subchunks))
         traffic = transport.of(group.group_name, torch.device("cpu")).traffic
         for dtype in (torch.float32, torch.bfloat16):
             generator = torch.Generator().manual_seed(3)
@@ -47,18 +60,36 @@ def _collectives(rank: int, world: int) -> list[str]:
             for op, scale in ((dist.ReduceOp.SUM, 1.0), (dist.ReduceOp.AVG, 1.0 / world)):
                 own = scatter.allocate([7], dtype=dtype, device=torch.device("cpu"))
                 scatter(own, gradients[rank].clone(), group, op)
-                bound = torch.finfo(dtype).eps * exact.abs() * scale + 1e-6 * size
+                rounded = exact.abs() if kind == "direct" else size  # a ring rounds on its way
+                bound = torch.finfo(dtype).eps * rounded * scale + 1e-6 * size
                 if not bool(((own.double() - exact * scale).abs() <= bound).all()):
                     failures.append(f"{mover} {dtype} {op}")
                 if traffic.bytes_sent != 7 * (world - 1) * dtype.itemsize:
                     failures.append(f"{mover} {dtype} {op} sent {traffic.bytes_sent} bytes")
                 traffic.reset()
+            # Into memory of any kind, which takes a copy.
+            strided = torch.empty(2, 7 * world, dtype=torch.float64).t()[:, 0]
+            into.all_gather(strided, shards[rank], group.group_name)
+            summed = torch.empty(2, 7, dtype=torch.float64).t()[:, 0]
+            into.reduce_scatter(summed, gradients[rank], group.group_name, "", 1.0 / world)
+            if not torch.equal(strided, wanted.double()) or not torch.equal(summed, own.double()):
+                failures.append(f"{mover} {dtype} into other memory")
+            traffic.reset()
+        if "all_gather" in elsewhere:
+            failures.append(f"{mover} {kind}: what is gathered lands elsewhere, and is copied")
+        elsewhere.clear()
+    try:
+        into.all_gather(torch.empty(4 * world), torch.empty(3), group.group_name)
+        failures.append("a shard of 3 of 4 rows was accepted")
+    except UserError as error:
+        if "holds 3 rows, but its share" not in str(error):
+            failures.append(str(error))
     for op in (dist._make_nccl_premul_sum(0.5), dist.ReduceOp.MAX, dist.ReduceOp.PRODUCT):
         try:
             scatter(torch.empty(2), torch.ones(2 * world), group, op)
             failures.append(f"{op} was accepted")
         except NotImplementedError as error:
-            if "by sum or mean" not in str(error):
+            if "by sum or mean" not in str(error) or "for another divisor call" not in str(error):
                 failures.append(str(error))
     return failures
 
@@ -87,7 +118,19 @@ def _sharded(rank: int, world: int, dtype: torch.dtype) -> tuple[list[str], list
 
     mover.open = open
     inputs = torch.randn(world, 4, 6).to(dtype)
+    written: list[int] = []
+    add = choice.ordered_sum
+
+    def ordered_sum(slots: torch.Tensor, scale: float, **options: Any) -> torch.Tensor:
+        assert scale == 1.0 / world, "FSDP2 would divide by itself, in a pass of its own"
+        written.append(options["out"].data_ptr())
+        return add(slots, scale, **options)
+
+    choice.ordered_sum = ordered_sum
     model(inputs[rank]).square().mean().backward()
+    choice.ordered_sum = add
+    found = {parameter.grad.to_local().untyped_storage().data_ptr() for parameter in model.parameters()}
+    assert found == set(written), "a sum was copied before it became a gradient"
 
     gradients: dict[str, list[torch.Tensor]] = {}
     for part in inputs:  # the mean over ranks of gradients that each rank has rounded to its dtype
