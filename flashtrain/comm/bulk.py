@@ -53,7 +53,7 @@ def gathering(
             leaving = {send: payload(send.chunk) for send in step.sends if send not in begun}
             arriving = {} if exchange.borrowed else {e: landed[plan.rows_in(e.chunk)] for e in step.expects}
             exchange.transfer(index, leaving, arriving)
-        if not same_rows(landed[own], x_shard):
+        if landed[own].data_ptr() != x_shard.data_ptr():
             landed[own] = x_shard
 
         def gathered() -> Tensor:
@@ -88,11 +88,6 @@ def scattering(
             return choice.ordered_sum(slots, scale, own=(plan.rank, partials[own]), out=out)
 
         yield scattered
-
-
-def same_rows(place: Tensor, rows: Tensor) -> bool:
-    """Whether contiguous ``rows`` lie in ``place``, of their shape and dtype, already."""
-    return place.data_ptr() == rows.data_ptr()
 
 
 def _wait(exchange: Exchange, plan: Schedule) -> None:

@@ -106,11 +106,11 @@ class GatherInto(_Sending):
         self._others = [rows for rows in around if rows.stop > rows.start]
 
     def output(self, site: str, overdue: Callable[[], None]) -> Tensor | None:
-        """An ``out`` for the next gather of this transport, or None: see ``NvlinkTransport.lend``."""
+        """An ``out [M, ...]`` for the next gather of the transport, or None: see ``NvlinkTransport.lend``."""
         return self.mover.lend(self.messages, self.dtype, self.shape, site, overdue)
 
     def __call__(self, out: Tensor, x_shard: Tensor, site: str) -> None:
-        """Fill ``out``, whose own rows ``x_shard`` may be. Raises TransportError if a peer has failed."""
+        """Fill ``out [M, ...]``; ``x_shard`` may be its own rows. Raises TransportError if a peer failed."""
         started, mover = clock(), self.mover
         x_shard = x_shard.contiguous()
         lent = mover.begin_early(self.messages, self.sources(x_shard), site, out)

@@ -49,7 +49,9 @@ class Settings:
     those of that kernel, without it those of cuBLAS for the rows of each sub-chunk.
     ``tune``: measure the ways of a product once for each of its shapes where it can be fused, and keep the
     fastest (``comm.tune``).
-    ``arena_bytes``: the most device memory that the landing buffers of one group may take on nvlink.
+    ``arena_bytes``: the most device memory that the landing buffers of one group may take on nvlink, for
+    gathers as for scatters. There are two; gathers of data parallelism have three, or more where more units
+    are gathered ahead, if they fit: then what is gathered is read where it landed.
     ``spare_sms``: multiprocessors that fused products leave to other kernels while they wait for their peers.
     Where collectives of NCCL run beside them, as many as those take (``NCCL_MAX_CTAS``), or each could wait
     for what the other keeps from running; groups that this engine itself moves over NCCL see to that.

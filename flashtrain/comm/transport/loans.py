@@ -42,7 +42,7 @@ class Loans:
         self._asked, self._lent, self._settled = None, [None] * buffers, [True] * buffers
 
     def lend(self, view: Tensor, site: str, overdue: Callable[[], None]) -> Tensor | None:
-        """``view`` for the next operation, as a tensor of its own; None if it has been lent for that already.
+        """``view [...]`` for the next operation, as a tensor of its own; None if it is lent for that already.
 
         ``overdue`` is called if it must move. Whoever drops the tensor has seen to it that what reads it
         comes before all that is given later to the streams of this transport's operations.
@@ -62,7 +62,7 @@ class Loans:
         return self._settled[place]
 
     def take(self, out: Tensor) -> bool:
-        """Whether ``out`` was lent for the next operation, which is about to be opened and lands in it."""
+        """Whether ``out [...]`` was lent for the next operation, which is about to be opened."""
         self._taken = self._asked is not None and self._asked.tensor() is out
         return self._taken
 

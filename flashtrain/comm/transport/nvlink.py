@@ -225,7 +225,7 @@ class NvlinkTransport(Transport):
     def begin_early(self, messages: Plan, sources: list[int], site: str, out: Tensor | None = None) -> bool:
         """The same, and push everything at once, each send from an address where it is complete.
 
-        Returns whether what arrives lands in ``out``, because that was lent for it.
+        Returns whether what arrives lands in ``out [M, ...]``, because that was lent for it.
         """
         self.reserve(messages.nbytes, site)
         lent, program, stream = self._opening(out), messages.program, self._stream()
