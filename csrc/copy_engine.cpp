@@ -250,7 +250,9 @@ void CopyEngine::come_after_the_last(const CopyEngine& other) {
 void CopyEngine::let_follow(uint64_t stream) {
   check();
   if (flight_) throw std::logic_error("an operation is open: it has no end yet");
-  if (!first_) driver_.check(driver_.stream_wait_event(handle(stream), done_, 0), "cuStreamWaitEvent");
+  if (first_) return;
+  driver_.check(driver_.context_set_current(context_), "cuCtxSetCurrent");  // as in open()
+  driver_.check(driver_.stream_wait_event(handle(stream), done_, 0), "cuStreamWaitEvent");
 }
 
 void CopyEngine::keep(uint64_t source, uint64_t offset, uint64_t bytes) {

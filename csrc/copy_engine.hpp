@@ -114,7 +114,7 @@ class CopyEngine {
   // Put what is this rank's own beside what lands: `bytes` from `source`, complete when the operation was opened, to
   // `offset` in the landing buffer. It goes behind what was pushed before.
   void keep(uint64_t source, uint64_t offset, uint64_t bytes);
-  // What `stream` is given from here on comes after the operations that have ended.
+  // What `stream` is given from here on comes after the operations that were closed.
   void let_follow(uint64_t stream);
   // Let the stream wait for arrival number `which`.
   void wait(uint32_t which);

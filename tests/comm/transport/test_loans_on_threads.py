@@ -180,9 +180,24 @@ def test_an_output_belongs_to_the_next_gather() -> None:
         out = gathers.gather(7)
         gathers.read(7, out)
         gathers.check()
-        # Two buffers are as many as the budget allows: none to lend.
-        small = Gathers(ranks, rank, (40, 30), buffers=3, arena_bytes=4 << 20)
-        assert small.way.output("fifth", lambda: None) is None
-        assert small.transport.arena.buffers == 2
+
+    Ranks(2).run(main)
+
+
+def test_where_two_buffers_are_all_that_the_budget_allows_none_is_lent() -> None:
+    def main(rank: int, ranks: Ranks) -> None:
+        gathers = Gathers(ranks, rank, (40, 30), buffers=3, arena_bytes=11 << 20)
+        outputs = [gathers.gather(number) for number in range(2)]  # of three buffers of 2 MiB
+        for number, out in enumerate(outputs):
+            gathers.read(number, out, sleep=3000 if rank else 0)
+        gathers.transport.reserve(4 << 20, "a larger operation")
+        assert gathers.transport.arena.buffers == 2
+        assert gathers.way.output("none", lambda: None) is None
+        stream = gathers.gathering
+        later = [Kept(gathers.transport, stream, all_gather((64, 60), rank), salt) for salt in range(20)]
+        gathers.check()
+        for operation in later:
+            operation.check()
+        assert not gathers.overdue
 
     Ranks(2).run(main)
