@@ -8,7 +8,7 @@ import torch
 from torch import nn
 from torch.distributed.device_mesh import init_device_mesh
 
-from flashtrain.comm import collectives, ops, transport
+from flashtrain.comm import collectives, into, ops, transport
 from flashtrain.models.decoder import Decoder
 from flashtrain.parallel import tensor
 from flashtrain.parallel.apply import parallelize
@@ -38,7 +38,7 @@ def surveyed(
         real = getattr(module, name)
 
         def seen(*args: Any, **kwargs: Any) -> Any:
-            position = {"all_gather": 2, "reduce_scatter": 2}.get(name, 3)
+            position = 2 if module is collectives else 3
             site = kwargs.get("site") or args[position]
             ran[site] = ran.get(site, False) or with_product
             return real(*args, **kwargs)
@@ -47,6 +47,7 @@ def surveyed(
 
     for name in ("all_gather", "reduce_scatter"):
         spy(collectives, name, with_product=False)
+        spy(into, name, with_product=False)
     for name in ("all_gather_matmul", "matmul_reduce_scatter"):
         spy(ops, name, with_product=True)
     tokens = torch.arange(rows).reshape(rows, 1) % 64

@@ -4,9 +4,9 @@ Copy engines push them, and no multiprocessor moves data, but for fused products
 peers, by a directory of where those want it (``fused``). An operation is a list of copies and flag writes on
 one copy stream, handed to the driver by C++ (``csrc/copy_engine``), and waits for flags on the stream that
 computes; the host never waits. Payloads are read where they lie and land in the receiver's arena, which
-``landing_buffer`` lends for the duration of the operation; where there are more than two, ``lend`` does so
-for longer (``transport.loans``). Why two buffers and no acknowledgement suffice, and why payloads may be freed
-after the operation, is shown in ``csrc/copy_engine.hpp``.
+``landing_buffer`` lends for the duration of the operation; of more than two, ``lend`` lends one for longer
+(``transport.loans``). Why two buffers and no acknowledgement suffice, and why payloads may be freed after the
+operation, is shown in ``csrc/copy_engine.hpp``.
 
 Operations of one transport follow one another, in the same order on every rank; what is to overlap needs a
 group of its own. A peer that stops is found by the watchdog (``csrc/watchdog.hpp``): it lets the waiting
