@@ -50,7 +50,7 @@ class Loans:
         if self._waiting():
             return None
         with torch.inference_mode(False):
-            # No view of ``view``: its own views keep it, and not that, alive.
+            # Not a view: views of that would keep what it is a view of alive, and not it.
             lent = view.new_empty(0).set_(
                 view.untyped_storage(), view.storage_offset(), view.shape, view.stride()
             )
