@@ -9,8 +9,8 @@ ahead of the host. FLOPs are those of the causal half: 2 S² d a head forward, 2
 ``bits`` says whether the gradients of ten passes were the same.
 
 passes: our forward and backward pass alone beside cuDNN's: ``ours`` in the configuration in use, on Hopper by
-partitions of warps, ``portable`` the other backward kernel with several tiles; and the backward pass without
-waiting for turns, which is wrong in its order alone, so that the difference is what the order costs.
+partitions of warps, ``portable`` the other kernels, backward with several tiles; and the backward pass that
+does not wait for turns, which is wrong in its order alone, so that the difference is what the order costs.
 ``error`` is that of the worst gradient against fp64 at 1000 tokens; ``bits`` as above. ``kernels`` are
 milliseconds of each kernel of the configuration in use. --before: a folder with an older
 ``kernels/pairing_attention``, measured in turn. Writes ``attention.json``.
@@ -56,12 +56,15 @@ PASSES = (
     (2, 8192, 128, 8, "gqa-2"),
     (2, 8192, 128, 16, "gqa-4"),
     (4, 4096, 64, 32, "gqkva-8.4"),
+    (4, 4096, 64, 32, "mha"),
+    (4, 4096, 128, 16, "mha"),
     (1, 32768, 128, 8, "gqa-2"),
 )
 TILES = {
     64: ((128, 128, 8, 3), (128, 128, 8, 2), (128, 64, 8, 3), (64, 64, 4, 3)),
     128: ((128, 64, 8, 3), (128, 64, 8, 2), (128, 32, 8, 3), (128, 32, 8, 4)),
 }
+PORTABLE = {64: Tiles(128, 64, 8, 3), 128: Tiles(128, 128, 8, 2)}  # forward
 SLEEP_CYCLES = 4_000_000
 REPEATS = 4
 
@@ -189,11 +192,15 @@ def passes(shape: tuple[Any, ...], rounds: int, before: Any) -> dict[str, Any]:
     out, sums = kernels.forward(*small, *maps, True)
 
     given, upstream = heads(sequence)
-    forward: dict[str, Callable[[], Any]] = {"ours": partial(kernels.forward, *given, *maps, True)}
+    used = config_of(torch.bfloat16, width)
+    portable = replace(used, forward=PORTABLE[width], partitioned=False)
+    forward: dict[str, Callable[[], Any]] = {
+        "ours": partial(kernels.forward, *given, *maps, True),
+        "portable": partial(kernels.forward, *given, *maps, True, portable),
+    }
     backward: dict[str, Callable[[], Any]] = {}
     facts: dict[str, Any] = {"error": {}, "bits": {}}
     saved = kernels.forward(*given, *maps, True)
-    used = config_of(torch.bfloat16, width)
     configs = {"ours": used}
     for numbers in TILES[width]:
         configs[f"portable {numbers}"] = replace(used, backward=Tiles(*numbers), partitioned=False)

@@ -208,20 +208,19 @@ def grid_row(config: Config, width: int) -> dict[str, float]:
     pairing = Pairing.named("gqkva-8.4" if width == 64 else "gqkva-4.4", 2048 // width)
     maps = pairing.query_of, pairing.key_of
     given = heads_of(pairing, width, 4, 4096)
+    saved = kernels.forward(*given, *maps, True)
+    calls = {
+        "forward": partial(kernels.forward, *given, *maps, True, config),
+        "backward": partial(kernels.backward, saved[0], None, *saved, *given, *maps, True, config),
+    }
     found: dict[str, float] = {}
-    for part in ("forward", "backward"):
-        one = replace(config_of(torch.bfloat16, width), **{part: getattr(config, part)})
-
-        def call(one: Config = one) -> None:
-            out, logsumexp = kernels.forward(*given, *maps, True, config=one)
-            kernels.backward(out, None, out, logsumexp, *given, *maps, True, config=one)
-
+    for part, call in calls.items():
         try:
             took = kernel_ms(call, repeats=4)
         except (triton.runtime.errors.OutOfResources, RuntimeError) as failure:
             print(f"{part} {getattr(config, part)}: {str(failure)[:80]}", flush=True)
             continue
-        wanted = {"forward": "attention_kernel", "backward": "attention_gradient"}[part]
+        wanted = {"forward": ("attention_kernel", "attention_hopper"), "backward": "attention_gradient"}[part]
         found[f"{part} {getattr(config, part)}"] = sum(
             ms for key, ms in took.items() if key.startswith(wanted)
         )

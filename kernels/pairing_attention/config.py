@@ -1,7 +1,7 @@
 """Tile sizes of the pairing-attention kernels, and what the kernels refuse."""
 
 import logging
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from importlib.metadata import version
 
@@ -9,7 +9,9 @@ import torch
 
 log = logging.getLogger("flashtrain.kernels")
 
-_GLUON = "3.6."  # the versions of Triton whose Gluon, which is experimental, ``hopper.py`` is written in
+_GLUON = (
+    "3.6."  # the versions of Triton whose Gluon, which is experimental, kernels for Hopper are written in
+)
 MOST_PAIRS = (1 << 15) - 1  # numbers of pairs and heads are signed 16 bits
 _WIDEST = 128
 _SECTION_BYTES = 24 << 20  # keys and values that blocks at work at the same time read: half of the L2 cache
@@ -32,7 +34,7 @@ class Tiles:
 class Config:
     """Tiles of the forward kernel, whose blocks own queries, and of the backward one, whose own keys.
 
-    ``partitioned``: gradients by ``hopper.py``, which has Hopper's tiles alone and no fp32.
+    ``partitioned``: by ``hopper_forward.py`` and ``hopper.py``, which have Hopper's tiles alone and no fp32.
     """
 
     forward: Tiles
@@ -46,11 +48,13 @@ class Config:
 # once; three stages, since Triton asks for what comes next at the end of a step.
 _NARROW = Config(Tiles(128, 64, 8, 3), Tiles(128, 128, 8, 3))
 _WIDE = Config(Tiles(128, 128, 8, 2), Tiles(128, 64, 8, 3))
-# By partitions of warps: each of two that multiply owns ``HALF`` of 128 keys, with 4 warps of 240 registers a
-# thread (ptxas: up to 19 spilled at D 64, 1 at 128) and 195 KB.
+# By partitions of warps: each of two that multiply owns ``HALF`` of 128 rows or keys, with 4 warps of 240
+# registers a thread. Forward (ptxas: none spilled in the loops over keys) two stages of 128 keys, 115 KB at D
+# 64, 230 at 128; backward up to 19 spilled at D 64, 1 at 128, and 195 KB.
 HALF = 64
-_NARROW_HOPPER = replace(_NARROW, backward=Tiles(2 * HALF, 128, 4, 2), partitioned=True)
-_WIDE_HOPPER = replace(_WIDE, backward=Tiles(2 * HALF, 64, 4, 2), partitioned=True)
+_FORWARD_HOPPER = Tiles(2 * HALF, 128, 4, 2)
+_NARROW_HOPPER = Config(_FORWARD_HOPPER, Tiles(2 * HALF, 128, 4, 2), partitioned=True)
+_WIDE_HOPPER = Config(_FORWARD_HOPPER, Tiles(2 * HALF, 64, 4, 2), partitioned=True)
 # fp32 is for comparing runs: products are IEEE fp32 on the plain units, so small tiles and no pipeline.
 _SINGLE = Config(Tiles(32, 32, 4, 1), Tiles(32, 32, 4, 1))
 
@@ -101,8 +105,8 @@ def _knows_gluon() -> bool:
     found = version("triton")
     if not found.startswith(_GLUON):
         log.warning(
-            "attention's gradients take half as long again with Triton %s as with %sx, which the kernel for "
-            "Hopper is written for",
+            "attention takes half as long again with Triton %s as with %sx, which the kernels for Hopper are "
+            "written for",
             found,
             _GLUON,
         )

@@ -15,7 +15,7 @@ from flashtrain.kernels.pairing_attention.backward import (
     attention_prepare_kernel,
     attention_round_kernel,
 )
-from flashtrain.kernels.pairing_attention.config import HALF, Config, config_of, section_of, splits_of
+from flashtrain.kernels.pairing_attention.config import HALF, Config, Tiles, config_of, section_of, splits_of
 from flashtrain.kernels.pairing_attention.forward import attention_kernel
 
 _LOG2E = 1.4426950408889634
@@ -63,12 +63,16 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """See ``reference.pairing_attention``; ``config`` in place of the measured one."""
     sizes = _Sizes(query, key, query_of, key_of, causal)
-    tiles = (config or config_of(query.dtype, query.shape[3])).forward
+    chosen = config or config_of(query.dtype, query.shape[3])
+    tiles = chosen.forward
     out = heads_like(query, sizes.pairs)
     logsumexp = torch.empty(
         sizes.batch, sizes.pairs, sizes.sequence, dtype=torch.float32, device=query.device
     )
-    section = sizes.section(sizes.pairs)
+    if chosen.partitioned:
+        _forward_hopper(sizes, tiles, query, key, value, out, logsumexp)
+        return out, logsumexp
+    section = section_of(sizes.pairs, sizes.keys, sizes.width, sizes.itemsize)
     grid = (section, triton.cdiv(sizes.sequence, tiles.rows), sizes.batch * (sizes.pairs // section))
     attention_kernel[grid](
         sizes.described(query, tiles.rows),
@@ -92,6 +96,37 @@ def forward(
         **sizes.constants,
     )
     return out, logsumexp
+
+
+def _forward_hopper(
+    sizes: "_Sizes", tiles: Tiles, query: Tensor, key: Tensor, value: Tensor, out: Tensor, logsumexp: Tensor
+) -> None:
+    from flashtrain.kernels.pairing_attention import hopper_forward
+    from flashtrain.kernels.pairing_attention.hopper import with_layout
+
+    owned, heads = [HALF, tiles.columns, tiles.columns, HALF], sizes.batch * sizes.pairs
+    described = [sizes.described(x, rows) for x, rows in zip((query, key, value, out), owned, strict=True)]
+    total = heads * triton.cdiv(sizes.sequence, tiles.rows)
+    # Pairs of one KV head read it together, and mostly lie side by side.
+    tokens = max(1, sizes.keys * key.shape[1] // sizes.pairs)
+    hopper_forward.attention_hopper[(min(total, _processors(query.device)),)](
+        *map(with_layout, described),
+        logsumexp,
+        sizes.maps.query_of,
+        sizes.maps.key_of,
+        torch.zeros(1, dtype=torch.int32, device=query.device),
+        sizes.pairs,
+        section_of(heads, tokens, sizes.width, sizes.itemsize),
+        total,
+        sizes.sequence,
+        sizes.keys,
+        sizes.scale,
+        BN=tiles.columns,
+        D=sizes.constants["D"],
+        STAGES=tiles.stages,
+        CAUSAL=sizes.constants["CAUSAL"],
+        num_warps=tiles.warps,
+    )
 
 
 def backward(
@@ -256,9 +291,6 @@ class _Sizes:
             "CAUSAL": causal,
             "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
         }
-
-    def section(self, heads: int) -> int:
-        return section_of(heads, self.keys, self.width, self.itemsize)
 
     def described(self, x: Tensor, rows: int) -> TensorDescriptor:
         """``x [B, n, tokens, D]`` for TMA, ``rows`` of one head at a time."""

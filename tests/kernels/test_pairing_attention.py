@@ -211,53 +211,85 @@ def test_compiled_for_hopper_every_product_is_of_the_tensor_cores_and_none_is_tr
 
 PARTITIONED = """
 import itertools
+import subprocess
+from pathlib import Path
 import re
+import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import compile
 from triton.experimental.gluon._runtime import GluonASTSource
-from flashtrain.kernels.pairing_attention.hopper import attention_gradient_hopper as kernel, gl
+from flashtrain.kernels.pairing_attention.hopper import attention_gradient_hopper, gl
+from flashtrain.kernels.pairing_attention.hopper_forward import attention_hopper
+
+KINDS = {"d_key": "*bf16", "d_value": "*bf16", "counters": "*i32", "counter": "*i32", "visits": "*i64",
+         "query_of": "*i32", "key_of": "*i32", "logsumexp": "*fp32", "scale": "fp32"}
 
 def tensor(kind, bits, *block):
     layout = gl.NVMMASharedLayout(128 if len(block) > 1 else 0, bits, len(block))
     return f"tensordesc<{kind}{list(block)},{layout!r}>"
 
-for width, causal in itertools.product((64, 128), (True, False)):
-    rows = 8192 // width
-    given = {"BM": rows, "D": width, "CAUSAL": causal}
-    queries, keys = (tensor("bf16", 16, 1, 1, tokens, width) for tokens in (rows, 64))
-    kinds = {p.name: {
-        "q_desc": queries, "do_desc": queries, "k_desc": keys, "v_desc": keys, "scale": "fp32",
-        "dq_desc": tensor("fp32", 32, 64, 64), "norm_desc": tensor("fp32", 32, rows),
-        "mean_desc": tensor("fp32", 32, rows), "d_key": "*bf16", "d_value": "*bf16", "counters": "*i32",
-        "visits": "*i64", **dict.fromkeys(given, "constexpr"),
-    }.get(p.name, "i32") for p in kernel.params}
+def made(kernel, given, special):
+    known = KINDS | special | dict.fromkeys(given, "constexpr")
+    kinds = {p.name: known.get(p.name, "i32") for p in kernel.params}
     names = list(kinds)
     even = [(names.index(name),) for name in names if "*" in kinds[name] or name.startswith("out_")]
     constants = {(names.index(name),): value for name, value in given.items()}
     source = GluonASTSource(kernel, kinds, constants, {place: [["tt.divisibility", 16]] for place in even})
-    made = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
-    text = made.asm["ttgir"]
+    found = compile(source, target=GPUTarget("cuda", 90, 32), options={"num_warps": 4})
+    text = found.asm["ttgir"]
     print("FOUND", *(text.count(one) for one in ("warp_group_dot ", "async_tma_reduce add")),
-          made.metadata.num_warps, made.metadata.shared <= 227 << 10)
+          found.metadata.num_warps, found.metadata.shared <= 227 << 10)
+    return found
+
+for width, causal in itertools.product((64, 128), (True, False)):
+    rows = 8192 // width
+    queries, keys = (tensor("bf16", 16, 1, 1, tokens, width) for tokens in (rows, 64))
+    made(attention_gradient_hopper, {"BM": rows, "D": width, "CAUSAL": causal}, {
+        "q_desc": queries, "do_desc": queries, "k_desc": keys, "v_desc": keys,
+        "dq_desc": tensor("fp32", 32, 64, 64), "norm_desc": tensor("fp32", 32, rows),
+        "mean_desc": tensor("fp32", 32, rows),
+    })
+for width, causal in ((64, True), (128, True)):
+    queries, keys = (tensor("bf16", 16, 1, 1, tokens, width) for tokens in (64, 128))
+    found = made(attention_hopper, {"BN": 128, "D": width, "STAGES": 2, "CAUSAL": causal}, {
+        "q_desc": queries, "o_desc": queries, "k_desc": keys, "v_desc": keys,
+    })
+    folder = Path(triton.__file__).parent / "backends" / "nvidia" / "bin"
+    Path("kernel.cubin").write_bytes(found.asm["cubin"])
+    code = subprocess.check_output([folder / "cuobjdump", "-sass", "kernel.cubin"], text=True)
+    # From the end of the scores to that of the values of the tile before.
+    between = re.findall(r"DEPBAR.LE gsb0, 0x1(.*?)DEPBAR.LE gsb0, 0x0", code, re.DOTALL)
+    print("BETWEEN", *(part.count("MUFU.EX2") // 64 for part in between), "LDL" in between[0])
 """
 
 
 def test_partitions_of_warps_have_the_registers_for_products_that_run_beside_other_work(
     tmp_path: Path,
 ) -> None:
-    """Two consumers of 6 products a step and 2 at the end. ptxas says which products it lines up."""
+    """Two consumers: backward of 6 products a step and 2 at the end, forward of 2 in two loops and 2 beside.
+
+    ptxas says which products it lines up. Forward, it must leave the exponentials beside products.
+    """
     environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
     # Compiled anew, for ptxas to speak.
     environment |= {"TRITON_DUMP_PTXAS_LOG": "1", "TRITON_CACHE_DIR": str(tmp_path)}
+    environment["PYTHONPATH"] = os.pathsep.join(sys.path)
     ran = subprocess.run(
-        [sys.executable, "-c", PARTITIONED], env=environment, capture_output=True, text=True, check=False
+        [sys.executable, "-c", PARTITIONED],
+        env=environment,
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     assert ran.returncode == 0, ran.stderr
-    assert re.findall("FOUND (.*)", ran.stdout) == ["16 2 12 True"] * 4
+    assert re.findall("FOUND (.*)", ran.stdout) == ["16 2 12 True"] * 4 + ["12 0 12 True"] * 2
+    # Two loops, over whole tiles of keys and over others, of two consumers.
+    assert re.findall("BETWEEN (.*)", ran.stdout) == ["1 1 1 1 False"] * 2
     assert "serialized" not in ran.stdout
     spilled = [int(found) for found in re.findall(r"(\d+) bytes spill stores", ran.stdout)]
-    assert len(spilled) == 4
-    assert max(spilled) < 128
+    assert len(spilled) == 6
+    assert max(spilled[:4]) < 128
 
 
 @pytest.mark.parametrize(

@@ -79,7 +79,7 @@ def test_every_output_and_gradient_equals_fp64(
 
 @pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize("name", ["gqkva-4.2", "mkva"])
-def test_on_hopper_gradients_of_the_portable_kernel_are_right_too(
+def test_on_hopper_the_portable_kernels_are_right_too(
     name: str, width: int, poisoned_memory: None, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     if torch.cuda.get_device_capability() == (9, 0):
@@ -104,21 +104,39 @@ def test_every_width(width: int, poisoned_memory: None) -> None:
     compare("gqkva-3.2", 6, width, 300, 300, torch.bfloat16, True)
 
 
-@pytest.mark.parametrize(("new", "every"), [(197, 197), (300, 129), (129, 300)])
-def test_attention_to_all_keys(new: int, every: int, poisoned_memory: None) -> None:
-    compare("gqkva-3.2", 6, 64, new, every, torch.bfloat16, False)
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(("new", "every"), [(197, 197), (300, 129), (129, 300), (100, 20), (256, 256)])
+def test_attention_to_all_keys(new: int, every: int, width: int, poisoned_memory: None) -> None:
+    compare("gqkva-3.2", 6, width, new, every, torch.bfloat16, False)
 
 
+@pytest.mark.parametrize("width", [64, 128])
 @pytest.mark.parametrize(
     ("new", "every"), [(1, 1), (1, 513), (17, 300), (128, 256), (1024, 1024), (1023, 1025)]
 )
-def test_new_tokens_after_earlier_ones(new: int, every: int, poisoned_memory: None) -> None:
-    compare("0:1 2:0 1:1 0:0", 4, 64, new, every, torch.bfloat16, True)
+def test_new_tokens_after_earlier_ones(new: int, every: int, width: int, poisoned_memory: None) -> None:
+    compare("0:1 2:0 1:1 0:0", 4, width, new, every, torch.bfloat16, True)
 
 
 @pytest.mark.parametrize("width", [64, 128])
 def test_errors_do_not_grow_with_the_sequence(width: int) -> None:
     compare("gqkva-2.1", 2, width, 8192, 8192, torch.bfloat16, True)
+
+
+@pytest.mark.parametrize("causal", [True, False])
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize("name", ["gqkva-8.4", "mha"])
+def test_many_tiles_to_a_block_are_those_of_the_portable_kernel(
+    name: str, width: int, causal: bool, poisoned_memory: None, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """With more keys and values than fit in the cache at once, heads are worked through in turn."""
+    pairing = Pairing.named(name, 32)
+    maps = list(pairing.query_of), list(pairing.key_of)
+    given = inputs(pairing, width, 2048, 4096, torch.bfloat16)
+    found = op.pairing_kernels(*given, *maps, causal)
+    monkeypatch.setattr(config, "_hopper", lambda: False)
+    for one, other in zip(found, op.pairing_kernels(*given, *maps, causal), strict=True):
+        assert error(one, other.double()) < BOUNDS[torch.bfloat16]
 
 
 @pytest.mark.parametrize("width", [64, 128])
@@ -136,6 +154,7 @@ def test_bits_do_not_depend_on_who_else_is_at_work(name: str, width: int) -> Non
         with torch.cuda.stream(other):
             for _ in range(20):
                 beside @ beside
+        assert all(map(torch.equal, op.pairing_kernels(*given, *maps, True), (out, logsumexp)))
         found = op.pairing_backward_kernels(slope, None, out, logsumexp, *given, *maps, True)
         assert all(map(torch.equal, found, wanted))
 
