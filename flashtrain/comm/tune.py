@@ -93,10 +93,11 @@ def choose(
 
 
 def _best(times: dict[str, float], first: str) -> str:
-    """The fastest; ties go to the fused ways, and among them to ``first``."""
+    """The fastest; ties go to the fused ways if there are any, and among them to ``first``."""
+    fused = {title for title in times if title.startswith("fused")} or times.keys()
 
     def handicapped(title: str) -> float:
-        margin = -PREFERENCE if title == first else 0.0 if title.startswith("fused") else MARGIN
+        margin = -PREFERENCE if title == first else 0.0 if title in fused else MARGIN
         return times[title] * (1.0 + margin)
 
     return min(times, key=handicapped)

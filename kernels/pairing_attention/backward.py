@@ -183,6 +183,7 @@ def attention_gradient_kernel(  # type: ignore[no-untyped-def]
     heads,
     splits,
     blocks,
+    section,
     sequence,
     keys,
     width,
@@ -200,15 +201,19 @@ def attention_gradient_kernel(  # type: ignore[no-untyped-def]
 ):
     """dK and dV of a tile of ``BN`` keys of one KV head, and its part of dQ.
 
-    ``blocks`` work on one tile of keys of all heads. Tiles of the first keys, which the most rows see, have
-    the lowest numbers.
+    ``blocks`` have a tile of keys of all heads; ``section`` of them at a time are at work, on all tiles. A
+    section's first keys, which the most rows see, have its lowest numbers.
     """
     number = tl.atomic_add(counters, 1)
     counters += 1
-    tile_of_keys = number // blocks
-    split = number % splits
-    head = number % blocks // splits % heads
-    batch = number % blocks // splits // heads
+    before = number // (section * tl.cdiv(keys, BN)) * section
+    number -= before * tl.cdiv(keys, BN)
+    section = tl.minimum(section, blocks - before)
+    tile_of_keys = number // section
+    place = before + number % section
+    split = place % splits
+    head = place // splits % heads
+    batch = place // splits // heads
     start = tile_of_keys * BN
     column = start + tl.arange(0, BN)
     keys_tile = rows_of(k_desc, batch, head, start, BN, D)

@@ -88,7 +88,19 @@ def add(  # type: ignore[no-untyped-def]
 
 
 # A number that is 1 is no constant: kernels for it would have to be compiled and tested beside the others.
-@gluon.jit(do_not_specialize=["pairs", "queries", "heads", "splits", "blocks", "sequence", "keys", "width"])
+@gluon.jit(
+    do_not_specialize=[
+        "pairs",
+        "queries",
+        "heads",
+        "splits",
+        "blocks",
+        "section",
+        "sequence",
+        "keys",
+        "width",
+    ]
+)
 def attention_gradient_hopper(  # type: ignore[no-untyped-def]
     q_desc,
     k_desc,
@@ -106,6 +118,7 @@ def attention_gradient_hopper(  # type: ignore[no-untyped-def]
     heads,
     splits,
     blocks,
+    section,
     sequence,
     keys,
     width,
@@ -124,10 +137,14 @@ def attention_gradient_hopper(  # type: ignore[no-untyped-def]
     """
     number = gl.atomic_add(counters, 1)
     counters += 1
-    tile_of_keys = number // blocks
-    split = number % splits
-    head = number % blocks // splits % heads
-    batch = number % blocks // splits // heads
+    behind = number // (section * gl.cdiv(keys, KEYS)) * section
+    number -= behind * gl.cdiv(keys, KEYS)
+    section = gl.minimum(section, blocks - behind)
+    tile_of_keys = number // section
+    place = behind + number % section
+    split = place % splits
+    head = place // splits % heads
+    batch = place // splits // heads
     start = tile_of_keys * KEYS
     before = keys - sequence
     tiles = gl.cdiv(sequence, BM)

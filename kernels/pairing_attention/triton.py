@@ -15,7 +15,15 @@ from flashtrain.kernels.pairing_attention.backward import (
     attention_prepare_kernel,
     attention_round_kernel,
 )
-from flashtrain.kernels.pairing_attention.config import HALF, Config, Tiles, config_of, section_of, splits_of
+from flashtrain.kernels.pairing_attention.config import (
+    HALF,
+    Config,
+    Tiles,
+    config_of,
+    gradients_section_of,
+    section_of,
+    splits_of,
+)
 from flashtrain.kernels.pairing_attention.forward import attention_kernel
 
 _LOG2E = 1.4426950408889634
@@ -26,12 +34,14 @@ class Maps(NamedTuple):
 
     ``visits``: offsets ``[n_kv + 1]``, then a word for each pair by KV head: from the lowest 16 bits on the
     pair, its query head, which of this head's pairs it is, and of how many. ``idle``: query heads without.
+    ``shared``: whether a query head is of several pairs.
     """
 
     query_of: Tensor
     key_of: Tensor
     visits: Tensor
     idle: tuple[int, ...]
+    shared: bool
 
 
 @lru_cache(maxsize=64)
@@ -49,7 +59,8 @@ def maps_of(
     # One word more, which a KV head without pairs reads.
     visits = torch.tensor([*offsets, *words, 0], dtype=torch.int64, device=device)
     queries, keys = (torch.tensor(line, dtype=torch.int32, device=device) for line in (query_of, key_of))
-    return Maps(queries, keys, visits, tuple(head for head in range(n_q) if not seen[head]))
+    idle = tuple(head for head in range(n_q) if not seen[head])
+    return Maps(queries, keys, visits, idle, shared=max(seen) > 1)
 
 
 def forward(
@@ -196,6 +207,7 @@ def backward(
         key.shape[1],
         parts.splits,
         parts.blocks,
+        parts.section,
         sizes.sequence,
         sizes.keys,
         sizes.width,
@@ -250,17 +262,21 @@ def backward(
 
 
 class _Parts(NamedTuple):
-    """Into how many blocks the sum over the pairs of a KV head is cut, and how many share a tile of keys."""
+    """Into how many blocks the sum over the pairs of a KV head is cut, how many there are for a tile of keys,
+    and how many of these are at work at a time."""
 
     splits: int
     blocks: int
+    section: int
 
     @classmethod
     def of(cls, sizes: "_Sizes", key: Tensor, key_of: tuple[int, ...], rows: int) -> "_Parts":
-        heads = sizes.batch * key.shape[1]
+        heads, processors = sizes.batch * key.shape[1], _processors(key.device)
         most = max(map(key_of.count, set(key_of)))
-        splits = splits_of(heads * triton.cdiv(sizes.keys, rows), most, _processors(key.device))
-        return cls(splits, heads * splits)
+        splits = splits_of(heads * triton.cdiv(sizes.keys, rows), most, processors)
+        # Heads that add to one dQ wait for each other's tiles of keys, so they must be in one section.
+        unit = key.shape[1] * splits if sizes.maps.shared else 1
+        return cls(splits, heads * splits, gradients_section_of(heads * splits // unit, unit, processors))
 
     def memory(self, x: Tensor) -> Tensor:
         """Memory for a gradient, ``[splits, B, heads, tokens, D]``: fp32 where parts are to be added."""

@@ -14,7 +14,7 @@ from torch.nn.functional import scaled_dot_product_attention
 
 from flashtrain.errors import UserError
 from flashtrain.kernels.pairing_attention import config, op, reference
-from flashtrain.kernels.pairing_attention.config import section_of, splits_of
+from flashtrain.kernels.pairing_attention.config import gradients_section_of, section_of, splits_of
 from tests.kernels.interpreter import DEVICE, interpreted
 
 with interpreted():
@@ -22,6 +22,7 @@ with interpreted():
 
 FULL = ((0, 1, 0, 1, 0, 1), (0, 0, 1, 1, 2, 2))  # 2 query heads with 3 KV heads, j-major
 LISTED = ((2, 0, 2, 1), (0, 1, 1, 0))
+GROUPED = ((0, 1, 2, 3), (0, 0, 1, 1))
 
 
 def inputs(
@@ -99,6 +100,31 @@ def test_sections_change_no_bit(monkeypatch: pytest.MonkeyPatch, poisoned_memory
         assert torch.equal(found, other)
 
 
+@pytest.mark.parametrize(("pairs", "unit"), [(GROUPED, 1), (FULL, 6)])
+def test_sections_of_the_gradients_change_no_bit(
+    pairs: tuple[tuple[int, ...], tuple[int, ...]],
+    unit: int,
+    monkeypatch: pytest.MonkeyPatch,
+    poisoned_memory: None,
+) -> None:
+    """The last one smaller, too. Heads that add to one gradient stay together: else blocks wait for ever."""
+    given = inputs((70, 70), 8, pairs, batch=3)
+    monkeypatch.setattr(kernels, "splits_of", lambda *_: 2)
+    asked = []
+
+    def whole_of(units: int, own: int, _: int) -> int:
+        asked.append((units, own))
+        return units * own
+
+    monkeypatch.setattr(kernels, "gradients_section_of", whole_of)
+    whole = outcome(op.pairing_kernels, given, *pairs, True)
+    assert set(asked) == {(len(set(pairs[1])) * 2 * 3 // unit, unit)}
+    for count in (1, 2, 5):
+        monkeypatch.setattr(kernels, "gradients_section_of", lambda _, own, __, count=count: count * own)
+        for found, other in zip(outcome(op.pairing_kernels, given, *pairs, True), whole, strict=True):
+            assert torch.equal(found, other)
+
+
 def test_keys_beyond_the_last_weigh_nothing_however_low_the_scores(poisoned_memory: None) -> None:
     query, key, value = inputs((20, 20), 16)
     given = [query.abs() * 30, -key.abs() * 30, value]
@@ -132,6 +158,11 @@ def test_sections_and_splits_divide_the_work() -> None:
     assert section_of(32, 4096, 64, 2) == 16
     assert section_of(32, 1 << 20, 128, 2) == 1
     assert section_of(6, 128, 64, 2) == 6
+    assert gradients_section_of(128, 1, 132) == 32
+    assert gradients_section_of(37, 1, 132) == 19
+    assert gradients_section_of(4, 8, 132) == 32
+    assert gradients_section_of(4, 40, 132) == 40
+    assert gradients_section_of(16, 1, 132) == 16
     assert splits_of(128, 8, 132) == 2
     assert splits_of(1, 8, 132) == 8
     assert splits_of(1, 5, 132) == 4

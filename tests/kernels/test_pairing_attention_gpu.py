@@ -50,14 +50,14 @@ def outcome(function: object, given: list[Tensor], slopes: list[Tensor], *more: 
 
 
 def compare(
-    name: str, heads: int, width: int, new: int, every: int, dtype: torch.dtype, causal: bool
+    name: str, heads: int, width: int, new: int, every: int, dtype: torch.dtype, causal: bool, batch: int = 2
 ) -> None:
     pairing = Pairing.named(name, heads)
     maps = list(pairing.query_of), list(pairing.key_of)
-    given = inputs(pairing, width, new, every, dtype)
+    given = inputs(pairing, width, new, every, dtype, batch)
     slopes = [
-        torch.randn(2, heads, new, width, device="cuda").to(dtype),
-        torch.randn(2, heads, new, device="cuda"),
+        torch.randn(batch, heads, new, width, device="cuda").to(dtype),
+        torch.randn(batch, heads, new, device="cuda"),
     ]
     wide = [x.double() for x in slopes]
     true = outcome(reference.pairing_attention, [x.double() for x in given], wide, *maps, causal)
@@ -97,6 +97,15 @@ def test_every_split_of_the_pairs_of_a_head(
     """Parts without pairs too: KV head 0 has one for 8 blocks."""
     monkeypatch.setattr("flashtrain.kernels.pairing_attention.triton.splits_of", lambda *_: splits)
     compare("0:0 0:1 1:1 2:1 3:1 4:1 5:1", 7, width, 200, 333, torch.bfloat16, True)
+
+
+@pytest.mark.parametrize("width", [64, 128])
+@pytest.mark.parametrize(("name", "heads", "batch"), [("mha", 7, 5), ("gqa-12", 24, 6), ("gqkva-6.4", 24, 9)])
+def test_sections_of_the_gradients(
+    name: str, heads: int, batch: int, width: int, poisoned_memory: None
+) -> None:
+    """More blocks than are at work at a time: of 35, the second section has one fewer."""
+    compare(name, heads, width, 300, 300, torch.bfloat16, True, batch)
 
 
 @pytest.mark.parametrize("width", [8, 32, 40, 80, 96])
