@@ -41,6 +41,8 @@ def check(config: "Trainer.Config") -> None:
     for name in ("pairing", "layout", "sharing"):
         if getattr(config.model, name) is not None:
             raise UserError(f"--against torchtitan: its Llama has no model.{name}; take a plain recipe")
+    if config.parallel.context > 1:
+        raise UserError("--against torchtitan: it is not compared with segments; set parallel.context 1")
     if config.train.dtype != "bfloat16":
         raise UserError("--against torchtitan: it computes in bf16; set train.dtype bfloat16")
     if config.train.document_mask:

@@ -23,8 +23,8 @@ def add_parser(subparsers: Any) -> None:
         description="Train a model. Settings come from the recipe, then the file, then the command line.",
         epilog=(
             "The same command on a folder with a checkpoint goes on from there. Without torchrun, "
-            "parallel.tensor x parallel.data x parallel.branches local ranks are started. Under torchrun, "
-            "the ranks that it started are used; flashtrain nodes prints how to start them."
+            "parallel.tensor x parallel.data x parallel.branches x parallel.context local ranks are started. "
+            "Under torchrun, the ranks that it started are used; flashtrain nodes prints how to start them."
         ),
     )
     parser.add_argument(

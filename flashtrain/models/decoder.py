@@ -15,6 +15,7 @@ from flashtrain.nn.flops import forward_flops
 from flashtrain.nn.flowhn import FlowHN
 from flashtrain.nn.hybrid import ParallelHeads, Pattern, Sublayers
 from flashtrain.nn.loss import Head
+from flashtrain.nn.mamba1 import Mamba1
 from flashtrain.nn.mlp import PACKING, SwiGLU
 from flashtrain.nn.norm import RMSNorm
 from flashtrain.nn.pairing import Order, Pairing
@@ -125,6 +126,28 @@ class Decoder(nn.Module):
             if isinstance(layout, ParallelHeads.Config) or layout.ffn == "shared":
                 width = self.mlp_width // PACKING
                 _must_divide(f"model.mlp_width / {PACKING}", width, "parallel.branches", ranks)
+
+        def validate_context(self, ranks: int, sequence: int) -> None:
+            """Raise UserError if ``sequence`` tokens cannot be in segments on ``ranks`` ranks."""
+            refused, ssm = f"parallel.context is {ranks}, but", getattr(self.layout, "ssm", None)
+            if self.sharing is not None:
+                raise UserError(
+                    f"{refused} layers that share heads need whole sequences: leave out model.sharing"
+                )
+            if isinstance(self.layout, FlowHN.Config) and self.layout.strategy != "none":
+                raise UserError(
+                    f"{refused} windows of FlowHN are of whole sequences: set model.layout.strategy none"
+                )
+            if isinstance(ssm, Mamba1.Config):
+                raise UserError(
+                    f"{refused} Mamba-1 passes no states between ranks: choose Mamba2.Config as "
+                    "model.layout.ssm.class"
+                )
+            if ssm is not None and sequence // ranks < ssm.taps - 1:
+                raise UserError(
+                    f"{refused} a segment of {sequence // ranks} tokens is shorter than the {ssm.taps - 1} "
+                    "before a token that model.layout.ssm.taps reach: set a longer train.sequence"
+                )
 
         def _validate_positions(self) -> None:
             """Raise UserError for a base or a scaling that gives no frequencies."""

@@ -82,9 +82,8 @@ def attend(heads: Heads, documents: Documents | None = None) -> Tensor:
     ``Settings.backend`` names one that does not take these heads.
     """
     query, key, _ = heads
-    new, all_tokens = query.shape[2], key.shape[2]
-    if documents is None and new < all_tokens:
-        return _masked(heads, _earlier(new, all_tokens, query.device) if new > 1 else None)
+    if documents is None and query.shape[2] == 1 < key.shape[2]:
+        return _masked(heads, None)  # a token that is decoded meets all keys
     backend, fixed = _settings.backend, _settings.deterministic
     if backend == "auto":
         if query.device.type != "cuda":
@@ -127,6 +126,10 @@ def why_not(name: str, heads: Heads, documents: bool, deterministic: bool) -> st
         return None
     if heads.query.device.type == "cpu":
         return "the CPU has auto and math alone"
+    if name in ("cudnn", "efficient") and heads.query.shape[2] < heads.key.shape[2]:
+        return (
+            "it counts causal queries from the first key, and there are more keys: use flash, triton or math"
+        )
     half = dtype in (torch.bfloat16, torch.float16)
     if not half and (name != "efficient" or dtype != torch.float32):
         return f"it takes no {str(dtype).removeprefix('torch.')}: use math"
@@ -143,10 +146,11 @@ def why_not(name: str, heads: Heads, documents: bool, deterministic: bool) -> st
 
 def _plain(heads: Heads, documents: Documents | None) -> Tensor:
     """By torch's own choice among its kernels."""
+    new, all_tokens = heads.query.shape[2], heads.key.shape[2]
+    if documents is None and new < all_tokens:
+        return _masked(heads, _earlier(new, all_tokens, heads.query.device))
     if documents is None:
-        return scaled_dot_product_attention(
-            heads.query, *_expanded(heads), is_causal=heads.query.shape[2] > 1
-        )
+        return scaled_dot_product_attention(heads.query, *_expanded(heads), is_causal=new > 1)
     batch, _, sequence, _ = heads.query.shape
     place = torch.arange(batch * sequence, device=documents.bounds.device, dtype=torch.int32)
     document = torch.searchsorted(documents.bounds, place, right=True).view(batch, 1, sequence, 1)

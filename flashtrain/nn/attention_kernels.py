@@ -1,7 +1,8 @@
 """Attention kernels on a GPU: torch's cuDNN, FlashAttention and memory-efficient ones, flash-attn, our own.
 
 All take ``query [B, H, S, D]``, ``key`` and ``value [B, kv heads, S, D]`` and give causal attention
-``[B, H, S, D]``. Forward, all are deterministic. Backward:
+``[B, H, S, D]``; flash, fa and triton also that of queries of the last S of T tokens. Forward, all are
+deterministic. Backward:
 
     cudnn      sums dQ in any order, as torch passes cuDNN no other wish (pytorch#182551); where it is to be
                deterministic, the backward pass is that of triton

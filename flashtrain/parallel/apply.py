@@ -1,6 +1,7 @@
 """Apply parallelism to a plain model: ``parallelize(model, mesh, plan)``."""
 
 from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -10,9 +11,10 @@ from torch.distributed.tensor.parallel import ParallelStyle, parallelize_module
 
 from flashtrain.comm import collectives
 from flashtrain.errors import UserError
-from flashtrain.parallel import branches, data, ssm, tensor
+from flashtrain.parallel import branches, context, data, ssm, tensor
 from flashtrain.parallel.heads import HeadParallel
-from flashtrain.parallel.mesh import DATA, TENSOR
+from flashtrain.parallel.mesh import CONTEXT, DATA, TENSOR, token_ranks
+from flashtrain.parallel.state_passing import StatePassing
 
 # What a layer may do without, so that it is gathered by itself, where it is called.
 _APART = ("layers.*.attention.qk", "layers.*.attention.kv")
@@ -77,6 +79,14 @@ def branch_plan(rows: tensor.Rows) -> dict[str, ParallelStyle]:
     }
 
 
+def context_plan() -> dict[str, ParallelStyle]:
+    """What of a decoder mixes tokens, and by which style it reaches beyond a segment."""
+    plan: dict[str, ParallelStyle] = {}
+    for layer in ("layers.*", "layers.*.attention_branch.*", "layers.*.ssm_branch.*"):
+        plan |= {f"{layer}.attention": context.GatherKeys(), f"{layer}.ssm": StatePassing()}
+    return plan
+
+
 def parallelize(
     model: nn.Module,
     mesh: DeviceMesh,
@@ -85,9 +95,10 @@ def parallelize(
     sharding: data.Sharding | None = None,
     by_branches: bool = False,
 ) -> nn.Module:
-    """Shard ``model`` in place over ``mesh`` with dimensions named ``tensor`` and/or ``data``.
+    """Shard ``model`` in place over ``mesh`` with dimensions named ``data``, ``context`` and/or ``tensor``.
 
-    Every rank must hold the same parameters. ``plan`` maps module names to styles (default: a decoder
+    Every rank must hold the same parameters. ``context`` is of decoders, called with this rank's segment of
+    the tokens. For the others, ``plan`` maps module names to styles (default: a decoder
     with the names of ``decoder_plan``); ``model(tokens [S, B], ...)`` takes its tokens first. ``units``
     are the blocks that data parallelism gathers one at a time, inner ones first (default: ``model.layers``,
     without projections that a layer may do without, which are units of their own, as are ``model.embedding``
@@ -113,10 +124,25 @@ def parallelize(
             rows.total = inputs[0].numel()
 
         model.register_forward_pre_hook(note_rows)
-    if DATA in names and mesh[DATA].size() > 1:
+    if CONTEXT in names and mesh[CONTEXT].size() > 1:
+        _cut_in_segments(model, mesh[CONTEXT])
+    if (DATA in names or CONTEXT in names) and token_ranks(mesh).size() > 1:
         found, kept = _units(model) if units is None else (units, ())
-        data.shard(model, found, mesh[DATA], sharding, branches.absent(model), kept)
+        data.shard(model, found, token_ranks(mesh), sharding, branches.absent(model), kept)
     return model
+
+
+def _cut_in_segments(model: nn.Module, ranks: DeviceMesh) -> None:
+    context.place(model, ranks)
+    if _named(model, "layers.*.routing"):
+        raise UserError(
+            "windows of FlowHN are of whole sequences: set parallel.context 1 or model.layout.strategy none"
+        )
+    styles = {name: style for pattern, style in context_plan().items() for name in _named(model, pattern)}
+    parallelize_module(model, ranks, styles)
+    for name in styles:
+        mixer: Any = model.get_submodule(name)
+        mixer.site = name
 
 
 def _units(model: nn.Module) -> tuple[Sequence[nn.Module], Sequence[nn.Module]]:

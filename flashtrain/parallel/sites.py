@@ -9,7 +9,11 @@ from torch.distributed.fsdp import FSDPModule
 
 from flashtrain.comm import transport
 from flashtrain.parallel import branches, ssm, tensor
-from flashtrain.parallel.mesh import DATA, TENSOR
+from flashtrain.parallel.context import SegmentAttention
+from flashtrain.parallel.mesh import CONTEXT, TENSOR, token_ranks
+from flashtrain.parallel.state_passing import StatePassingMixer
+
+_TOKENS = "tokens"  # the name, here, of token_ranks
 
 
 @dataclass(frozen=True)
@@ -30,11 +34,14 @@ class Site:
 def survey(model: nn.Module, mesh: DeviceMesh, rows: int, device: torch.device) -> list[Site]:
     """The sites of ``model`` after ``parallelize``, in the order of its modules, then those of a step's end.
 
-    ``rows`` of activations go through the model at once, on each data rank. Collective: it chooses the
-    transports that are not in use yet.
+    ``rows`` of activations go through the model at once, on each rank that sees other tokens. Collective: it
+    chooses the transports that are not in use yet.
     """
     names = mesh.mesh_dim_names or ()
-    wide = {name: mesh[name] for name in (DATA, TENSOR) if name in names and mesh[name].size() > 1}
+    every = {name: mesh[name] for name in (TENSOR, CONTEXT) if name in names}
+    if set(names) - {TENSOR}:
+        every[_TOKENS] = token_ranks(mesh)
+    wide = {name: ranks for name, ranks in every.items() if ranks.size() > 1}
     movers = {name: transport.of(part.get_group().group_name, device).name for name, part in wide.items()}
     found: list[Site] = []
     if TENSOR in wide:
@@ -50,14 +57,16 @@ def survey(model: nn.Module, mesh: DeviceMesh, rows: int, device: torch.device) 
                 "replicated gradients", "", "all-reduce", "once a step, after the backward pass is complete"
             )
         )
-    if DATA in wide:
-        where = "on FSDP2's own stream" if device.type == "cuda" else f"over {movers[DATA]}"
+    if CONTEXT in wide:
+        found += [site for name, module in model.named_modules() for site in _context_sites(name, module)]
+    if _TOKENS in wide:
+        where = "on FSDP2's own stream" if device.type == "cuda" else f"over {movers[_TOKENS]}"
         for name, module in model.named_modules():
             if isinstance(module, FSDPModule):
                 found.append(_data_site(name or "model", where, device))
     if wide:
         found.append(_exposed("gradient norm", "", "all-gather", "a few numbers, once a step"))
-    if DATA in wide:
+    if _TOKENS in wide:
         found.append(_exposed("mean loss", "all-gather", "", "one number, once a step"))
     return found
 
@@ -93,6 +102,18 @@ def _tensor_site(name: str, module: nn.Module, rows: int, world: int, mover: str
         case nn.Linear() | nn.Embedding():
             return Site(name, "", "", "", False, "whole on every rank, on its own rows alone")
     return None
+
+
+def _context_sites(name: str, module: nn.Module) -> list[Site]:
+    """What a module exchanges over the context dimension."""
+    match module:
+        case SegmentAttention():
+            what, why = "keys and values", "attention begins with all of them"
+        case StatePassingMixer():
+            what, why = "states and the convolution's last tokens", "they do not grow with the sequence"
+        case _:
+            return []
+    return [_exposed(f"{name} (context)", f"all-gather of {what}", "reduce-scatter of their gradients", why)]
 
 
 def _sizes(module: nn.Linear) -> tuple[int, int]:

@@ -130,6 +130,7 @@ class _Shape(NamedTuple):
     kv_heads: int
     sequence: int
     width: int
+    keys: int  # as many as queries, or, of ranks with a segment of a sequence, those of the last one
 
     @classmethod
     def of(
@@ -143,18 +144,20 @@ class _Shape(NamedTuple):
             grouped = model.pairs()
             kv_heads = model.kv_heads if grouped is None else grouped.n_kv
             own = model.heads // degrees.tensor, max(1, kv_heads // degrees.tensor)
-        return cls(batch, *own, train.sequence, model.head_dim)
+        return cls(batch, *own, train.sequence // degrees.context, model.head_dim, train.sequence)
 
     def __str__(self) -> str:
-        return f"[{self.batch}, {self.heads_}/{self.kv_heads}, {self.sequence}, {self.width}]"
+        tokens = f"{self.sequence}" + (f" of {self.keys}" if self.keys > self.sequence else "")
+        return f"[{self.batch}, {self.heads_}/{self.kv_heads}, {tokens}, {self.width}]"
 
     def heads(self, device: torch.device, dtype: torch.dtype) -> Heads:
-        def one(count: int) -> Tensor:
+        def one(count: int, tokens: int) -> Tensor:
             # As a projection of [S, B, hidden] lies in memory.
-            size = (self.sequence, self.batch, count, self.width)
+            size = (tokens, self.batch, count, self.width)
             return torch.randn(size, device=device, dtype=dtype).permute(1, 2, 0, 3).requires_grad_()
 
-        return Heads(one(self.heads_), one(self.kv_heads), one(self.kv_heads))
+        key, value = (one(self.kv_heads, self.keys) for _ in range(2))
+        return Heads(one(self.heads_, self.sequence), key, value)
 
     def documents(self, device: torch.device) -> Documents:
         bounds = torch.arange(self.batch + 1, device=device, dtype=torch.int32) * self.sequence

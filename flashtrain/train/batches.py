@@ -6,9 +6,10 @@ from torch.distributed.device_mesh import DeviceMesh
 
 from flashtrain.data.source import HeldOut, Source
 from flashtrain.nn.attend import Documents
+from flashtrain.parallel.context import own_segment
 from flashtrain.parallel.mesh import DATA
 from flashtrain.train.settings import Training
-from flashtrain.train.step import Batch, mean_over_data
+from flashtrain.train.step import Batch, mean_over_tokens
 
 
 class Batches:
@@ -34,13 +35,13 @@ class Batches:
 
     @torch.no_grad()
     def held_out_loss(self, model: nn.Module) -> float:
-        """Held-out loss in nats per token over the windows of all data ranks."""
+        """Held-out loss in nats per token over the windows of all ranks."""
         total, count = torch.zeros((), dtype=torch.float64, device=self._device), 0
         for batch in self._held_out:
             windows = batch[0].shape[1]
             total += model(*batch).double() * windows
             count += windows
-        return float(mean_over_data(total / count, self._mesh))
+        return float(mean_over_tokens(total / count, self._mesh))
 
     def _own_share(self, held_out: HeldOut) -> list[Batch]:
         """This data rank's share of the held-out windows, in batches of the training step's size."""
@@ -52,8 +53,8 @@ class Batches:
         return [self._on_device(*batch) for batch in zip(*mine, strict=True)]
 
     def _on_device(self, tokens: Tensor, targets: Tensor) -> Batch:
-        """``[B, S]`` as the sampler gives it -> ``[S, B]`` as the model takes it."""
-        taken = tokens.t().contiguous(), targets.t().contiguous()
+        """``[B, S]`` as the sampler gives it -> this rank's segment ``[S, B]`` as the model takes it."""
+        taken = tuple(own_segment(part, self._mesh).t().contiguous() for part in (tokens, targets))
         if self._device.type == "cuda":  # from pinned memory, so that the host does not wait
             taken = taken[0].pin_memory(), taken[1].pin_memory()
         batch = taken[0].to(self._device, non_blocking=True), taken[1].to(self._device, non_blocking=True)

@@ -17,7 +17,7 @@ from flashtrain.kernels.adamw.slot import Hyperparameters, Slot
 from flashtrain.kernels.weight_gradient import WeightGradient, add_each
 from flashtrain.nn.linear import Linear
 from flashtrain.parallel.apply import sum_over_tensor, tensor_sharded
-from flashtrain.parallel.mesh import DATA, TENSOR
+from flashtrain.parallel.mesh import TENSOR, token_ranks
 
 
 class AdamW:
@@ -72,7 +72,9 @@ class AdamW:
         self._slots = {name: _slot(self.parameters[name]) for name in self._order}
         self._kernels = optimizer(list(self._slots.values()), len(sharded))
         self._main: dict[str, WeightGradient] = {}
-        if mesh[DATA].size() == 1:  # else gradients belong to FSDP2, which reduces them in the weights' dtype
+        if (
+            token_ranks(mesh).size() == 1
+        ):  # else gradients belong to FSDP2, which reduces them in the weights' dtype
             self._main = main_gradients(model, self.parameters)
         self._gradients: dict[str, Tensor] = {}
 
@@ -187,14 +189,13 @@ class AdamW:
         ``squares [2]``: of the tensor-sharded and of the replicated gradients of this rank.
         """
         squares = squares.view(1, 2)
-        for dimension in (TENSOR, DATA):
-            ranks = self.mesh[dimension]
-            # Over the data dimension FSDP2 has sharded every parameter.
+        for ranks, sharded in ((self.mesh[TENSOR], False), (token_ranks(self.mesh), True)):
+            # Over the ranks that see other tokens FSDP2 has sharded every parameter.
             if ranks.size() > 1:
                 everyone = collectives.all_gather(squares, ranks.get_group().group_name, "gradient norm")
                 squares = squares.clone()
                 squares[0, 0] = everyone[:, 0].sum()
-                if dimension == DATA:
+                if sharded:
                     squares[0, 1] = everyone[:, 1].sum()
         # Rounded, so that the order in which squares were added makes no difference.
         return squares.sum().sqrt().float().double()

@@ -12,7 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from flashtrain.comm import transport
-from flashtrain.parallel.mesh import DATA, TENSOR
+from flashtrain.parallel.mesh import CONTEXT, DATA, TENSOR, token_ranks
 from flashtrain.train.rendezvous import agent_store
 
 
@@ -61,10 +61,14 @@ def describe(mesh: DeviceMesh, device: torch.device, by_branches: bool = False) 
     ``by_branches``: ranks of the tensor dimension have a branch of each block.
     """
     parts = []
-    for dimension in (TENSOR, DATA):
+    for dimension in (TENSOR, CONTEXT, DATA):
+        if dimension not in (mesh.mesh_dim_names or ()):
+            continue
         ranks = mesh[dimension]
         if ranks.size() > 1:
-            mover = transport.of(ranks.get_group().group_name, device)
+            # Data parallelism reduces over context ranks, too.
+            over = token_ranks(mesh) if dimension == DATA else ranks
+            mover = transport.of(over.get_group().group_name, device)
             how = "branch" if by_branches and dimension == TENSOR else dimension
             parts.append(f"{how} parallel over {ranks.size()} ranks by {mover.name}")
     where = (

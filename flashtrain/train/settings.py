@@ -33,8 +33,8 @@ class Training:
     document_mask: bool = False
     recompute: Policy = "none"
 
-    def validate(self, data_degree: int) -> None:
-        """Raise UserError for a value out of range, or a batch that the ranks cannot share."""
+    def validate(self, data_degree: int, context_degree: int = 1) -> None:
+        """Raise UserError for a value out of range, or a batch or sequences that the ranks cannot share."""
         for name in ("steps", "batch", "sequence", "accumulate", "evaluation_windows"):
             if getattr(self, name) < 1:
                 raise UserError(f"train.{name} is {getattr(self, name)}; it must be at least 1")
@@ -45,6 +45,15 @@ class Training:
             raise UserError(
                 f"train.batch is {self.batch}; parallel.data {data_degree} x train.accumulate "
                 f"{self.accumulate} must divide it"
+            )
+        if self.sequence % context_degree:
+            raise UserError(
+                f"train.sequence is {self.sequence}; parallel.context {context_degree} must divide it"
+            )
+        if self.document_mask and context_degree > 1:
+            raise UserError(
+                f"train.document_mask is true, but documents do not end where segments do: set it to false, "
+                f"or parallel.context {context_degree} to 1"
             )
 
 

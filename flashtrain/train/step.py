@@ -10,7 +10,7 @@ from torch.distributed.device_mesh import DeviceMesh
 from flashtrain.comm import collectives, transport
 from flashtrain.comm.transport.base import clock
 from flashtrain.nn.attend import Documents
-from flashtrain.parallel.mesh import DATA, TENSOR
+from flashtrain.parallel.mesh import TENSOR, token_ranks
 from flashtrain.train.faults import FaultPlan
 from flashtrain.train.optimizer import AdamW
 from flashtrain.train.skips import SkipRule
@@ -146,13 +146,12 @@ class TrainStep:
         return self._latest
 
     def _exchange(self, loss: Tensor, notes: Sequence[float]) -> tuple[Tensor, Tensor]:
-        """The mean loss over the data-parallel ranks, added in rank order, and each rank's loss and notes."""
+        """The mean loss over ranks that see other tokens, in their order, and each rank's loss and notes."""
         everyone = torch.tensor([[0.0, *notes]], dtype=torch.float64)
         if loss.is_cuda:  # from pinned memory, so that the host does not wait
             everyone = everyone.pin_memory().to(loss.device, non_blocking=True)
         everyone[0, 0] = loss
-        for dimension in (TENSOR, DATA):
-            ranks = self.mesh[dimension]
+        for ranks in (self.mesh[TENSOR], token_ranks(self.mesh)):
             if ranks.size() > 1:
                 everyone = collectives.all_gather(everyone, ranks.get_group().group_name, "mean loss")
         # Ranks are numbered with the tensor dimension innermost; each takes the losses of its own column.
@@ -172,9 +171,9 @@ def _set_rng_states(states: list[Tensor]) -> None:
         torch.cuda.set_rng_state(states[1])
 
 
-def mean_over_data(value: Tensor, mesh: DeviceMesh) -> Tensor:
-    """Mean of a scalar over the data-parallel ranks, added in rank order: the same bits on every rank."""
-    ranks = mesh[DATA]
+def mean_over_tokens(value: Tensor, mesh: DeviceMesh) -> Tensor:
+    """Mean of a scalar over ranks that see other tokens, added in rank order: the same bits on every rank."""
+    ranks = token_ranks(mesh)
     if ranks.size() == 1:
         return value
     return collectives.all_gather(value.reshape(1), ranks.get_group().group_name, "mean loss").mean()

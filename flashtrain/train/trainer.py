@@ -87,7 +87,9 @@ class Trainer:
             self.model.validate(self.parallel.tensor)
             if self.parallel.branches > 1:
                 self.model.validate_branches(self.parallel.branches)
-            self.train.validate(self.parallel.data)
+            self.train.validate(self.parallel.data, self.parallel.context)
+            if self.parallel.context > 1:
+                self.model.validate_context(self.parallel.context, self.train.sequence)
             self.optimizer.validate()
             self.comm.validate()
             self.fsdp.validate()
@@ -210,7 +212,8 @@ class Trainer:
 
     def _callbacks(self, states: dict[str, Any]) -> list[Callback]:
         train = self.config.train
-        rows = train.batch // (self.config.parallel.data * train.accumulate) * train.sequence
+        parallel = self.config.parallel
+        rows = train.batch // (parallel.data * train.accumulate) * (train.sequence // parallel.context)
         survey = sites.survey(self.model, self.mesh, rows, self.device)
         callbacks: list[Callback] = []
         if self.config.sharing is not None:

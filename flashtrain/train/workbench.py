@@ -24,6 +24,7 @@ from flashtrain.models.decoder import Decoder
 from flashtrain.nn.attend import Documents
 from flashtrain.nn.attend import settings as attention_settings
 from flashtrain.parallel import branches
+from flashtrain.parallel.context import own_segment
 from flashtrain.parallel.mesh import DATA
 from flashtrain.train import attention
 from flashtrain.train.build import Built, build_step, describe, distribute
@@ -76,9 +77,9 @@ class Workbench:
         made: list[Batch] = []
         for _ in range(train.accumulate):
             tokens = torch.randint(self.config.model.vocabulary, size, generator=draw)
-            both = (
-                tokens.t().contiguous().to(self.device),
-                tokens.roll(-1, 1).t().contiguous().to(self.device),
+            both = tuple(
+                own_segment(part, self.mesh).t().contiguous().to(self.device)
+                for part in (tokens, tokens.roll(-1, 1))
             )
             # One boundary in about a thousand tokens, as documents of text have them.
             apart = torch.where(torch.rand(size, generator=draw) < 1e-3, 0, 1)

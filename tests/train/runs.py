@@ -49,7 +49,7 @@ def train(
     out: Path, text: Path, timeout: float = 180, **settings: object
 ) -> subprocess.CompletedProcess[str]:
     """Run to the end; the caller checks the exit code."""
-    degrees = {"tensor": 2, "data": 1, "branches": 1}
+    degrees = {"tensor": 2, "data": 1, "branches": 1, "context": 1}
     world = math.prod(int(str(settings.get(f"parallel__{name}", one))) for name, one in degrees.items())
     return flashtrain(command(out, text, **settings)[3:], world, timeout)
 
