@@ -142,7 +142,7 @@ def _cut_in_segments(model: nn.Module, ranks: DeviceMesh) -> None:
     parallelize_module(model, ranks, styles)
     for name in styles:
         mixer: Any = model.get_submodule(name)
-        mixer.site = name
+        mixer.context_site = f"{name} (context)"
 
 
 def _units(model: nn.Module) -> tuple[Sequence[nn.Module], Sequence[nn.Module]]:

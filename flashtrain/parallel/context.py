@@ -45,7 +45,7 @@ class SegmentAttention(_Attention):
     """Attention of a segment's queries; goes before the class of the attention (``GatherKeys``)."""
 
     context: str
-    site: str = ""
+    context_site: str = ""
 
     def extend(self, x: Tensor, rotary: Tensor, past: Any) -> Any:
         """See the class below; ``past`` must be None."""
@@ -58,7 +58,7 @@ class SegmentAttention(_Attention):
             raise UserError("train.document_mask is true, but documents do not end where segments do")
         # [S, B, heads, D], as the projection lies in memory.
         key, value = (part.permute(2, 0, 1, 3) for part in (heads.key, heads.value))
-        gathered = collectives.all_gather(torch.cat([key, value], dim=2), self.context, self.site)
+        gathered = collectives.all_gather(torch.cat([key, value], dim=2), self.context, self.context_site)
         end = key.shape[0] * (groups.resolve(self.context).rank() + 1)
         key, value = gathered[:end].permute(1, 2, 0, 3).chunk(2, dim=1)
         return super()._attend(heads._replace(key=key, value=value))

@@ -77,21 +77,21 @@ class StatePassingMixer(_Mixer):
     """A Mamba-2 mixer on a segment of the sequence; goes before the mixer's class (``StatePassing``)."""
 
     context: str
-    site: str = ""
+    context_site: str = ""
     taps: int
     in_one = False
 
     def _convolve(self, mixed: Tensor, tail: Tensor | None) -> tuple[Tensor, Tensor]:
         if tail is not None:
             raise UserError("a mixer that passes states between ranks starts at the sequence's first token")
-        return super()._convolve(mixed, tail_before(mixed, self.taps - 1, self.context, self.site))
+        return super()._convolve(mixed, tail_before(mixed, self.taps - 1, self.context, self.context_site))
 
     def _recur(
         self, values: Tensor, dt: Tensor, keys: Tensor, queries: Tensor, state: Tensor | None
     ) -> tuple[Tensor, Tensor]:
         y, final = super()._recur(values, dt, keys, queries, None)
         logs = self._decays(dt).cumsum(1)
-        before = state_before(final, logs[:, -1], self.context, self.site)
+        before = state_before(final, logs[:, -1], self.context, self.context_site)
         queries = queries.to(final.dtype)
         by_group = before.unflatten(1, (queries.shape[2], -1))
         carried = torch.einsum("bsgn,bghpn->bsghp", queries, by_group).flatten(2, 3)

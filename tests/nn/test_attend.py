@@ -65,6 +65,40 @@ def test_packed_documents_attend_as_each_alone_gradients_too(backend: str) -> No
             torch.testing.assert_close(got[row : row + 1, :, cut], want)
 
 
+@pytest.mark.parametrize("backend", ["auto", "math"])
+@pytest.mark.parametrize(("dtype", "bound"), [(torch.float64, 1e-12), (torch.float32, 1e-6)])
+def test_the_last_queries_of_more_keys_are_those_of_all_gradients_too(
+    backend: str, dtype: torch.dtype, bound: float
+) -> None:
+    """Queries of segments, each with the keys up to its end, against all queries at once."""
+    attention.configure(Settings(backend=backend))  # type: ignore[arg-type]
+    whole = heads(2, 21, dtype=dtype)
+    upstream = torch.randn_like(whole.query)
+    out = torch.cat(
+        [
+            attend(Heads(whole.query[:, :, first:last], whole.key[:, :, :last], whole.value[:, :, :last]))
+            for first, last in ((0, 7), (7, 8), (8, 21))
+        ],
+        dim=2,
+    )
+    exact = Heads(*(part.detach().double().requires_grad_() for part in whole))
+    scores = exact.query @ exact.key.repeat_interleave(2, dim=1).transpose(2, 3) / 4
+    later = torch.ones(21, 21, dtype=torch.bool).triu(1)
+    wanted = scores.masked_fill(later, -torch.inf).softmax(-1) @ exact.value.repeat_interleave(2, dim=1)
+    slopes = torch.autograd.grad(wanted, exact, upstream.double())
+    found = (out, *torch.autograd.grad(out, whole, upstream))
+    for got, want in zip(found, (wanted, *slopes), strict=True):
+        assert float((got.double() - want).detach().norm() / want.norm()) < bound
+
+
+def test_backends_that_count_queries_from_the_first_key_refuse_more_keys() -> None:
+    made = [torch.empty(1, 2, n, 16, device="meta", dtype=torch.bfloat16) for n in (4, 8, 8)]
+    for name in ("cudnn", "efficient"):
+        assert "use flash, triton or math" in str(attention.why_not(name, Heads(*made), False, False))
+    for name in ("flash", "math"):
+        assert attention.why_not(name, Heads(*made), False, True) is None
+
+
 def test_a_packed_model_is_each_document_alone_gradients_too() -> None:
     config = Decoder.Config(vocabulary=48, hidden=32, layers=2, heads=4, kv_heads=2, mlp_width=64)
     model = Decoder(config, torch.Generator().manual_seed(0)).double()

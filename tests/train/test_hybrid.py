@@ -22,6 +22,7 @@ from tests.train.test_resume import _move
 
 SHARED = Mamba2.Config(head_dim=16, states=8, norm_groups=2)
 FLOWHN = FlowHN.Config(ssm=SHARED, align=8, f=0.5)
+PATTERN = Pattern.Config(pattern="M*", ssm=SHARED)
 
 
 def config(text: Path, degrees: Degrees, layout: Any) -> Trainer.Config:
@@ -34,14 +35,20 @@ def config(text: Path, degrees: Degrees, layout: Any) -> Trainer.Config:
     )
 
 
-@pytest.mark.parametrize("layout", [FLOWHN, Pattern.Config(pattern="M*", ssm=SHARED)])
-def test_a_resumed_run_is_the_unbroken_one_also_on_other_meshes(layout: Any, tmp_path: Path) -> None:
-    text, both = write_text(tmp_path / "text.txt"), Degrees(tensor=2)
+@pytest.mark.parametrize(
+    ("layout", "both"),
+    [(FLOWHN, Degrees(tensor=2)), (PATTERN, Degrees(tensor=2)), (PATTERN, Degrees(context=2))],
+)
+def test_a_resumed_run_is_the_unbroken_one_also_on_other_meshes(
+    layout: Any, both: Degrees, tmp_path: Path
+) -> None:
+    text = write_text(tmp_path / "text.txt")
     unbroken = run_distributed(_move, 2, config(text, both, layout), str(tmp_path / "whole"), 4)
     broken = str(tmp_path / "broken")
     run_distributed(_move, 2, config(text, both, layout), broken, 2)
     assert run_distributed(_move, 2, config(text, both, layout), broken, 2) == unbroken
-    for degrees in (Degrees(), Degrees(data=2), both):
+    others = (Degrees(tensor=2), Degrees(context=2, data=2)) if both.context > 1 else ()
+    for degrees in (Degrees(), Degrees(data=2), *others, both):
         moved = run_distributed(_move, degrees.world, config(text, degrees, layout), broken, 0)
         assert moved == [unbroken[0]] * degrees.world, degrees
 
