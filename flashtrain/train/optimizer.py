@@ -72,9 +72,8 @@ class AdamW:
         self._slots = {name: _slot(self.parameters[name]) for name in self._order}
         self._kernels = optimizer(list(self._slots.values()), len(sharded))
         self._main: dict[str, WeightGradient] = {}
-        if (
-            token_ranks(mesh).size() == 1
-        ):  # else gradients belong to FSDP2, which reduces them in the weights' dtype
+        # Else gradients belong to FSDP2, which reduces them in the weights' dtype.
+        if token_ranks(mesh).size() == 1:
             self._main = main_gradients(model, self.parameters)
         self._gradients: dict[str, Tensor] = {}
 

@@ -84,6 +84,37 @@ def test_values_and_gradients_against_fp64(
         assert error < bound, f"{label}: relative error {error:.2e}"
 
 
+@pytest.mark.parametrize("first", [1, 128, 200])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize(
+    ("name", "fixed", "dtype"),
+    [
+        ("flash", True, torch.bfloat16),
+        ("flash", False, torch.bfloat16),
+        ("fa", True, torch.bfloat16),
+        ("triton", True, torch.bfloat16),
+        ("math", True, torch.float32),
+    ],
+)
+def test_queries_of_the_last_tokens_against_fp64(
+    name: str, fixed: bool, dtype: torch.dtype, shape: tuple[int, ...], first: int
+) -> None:
+    """As ranks have them that hold a later segment of a sequence; twice, for the bits."""
+    whole, upstream = make(shape, dtype)
+    query = whole.query[:, :, first:].detach().requires_grad_()
+    heads, upstream = whole._replace(query=query), upstream[:, :, first:]
+    reason = attention.why_not(name, heads, False, fixed)
+    if reason is not None:
+        pytest.skip(reason)
+    found = got(name, heads, upstream, None, fixed)
+    again = got(name, heads, upstream, None, fixed)
+    bound = 2e-2 if dtype == torch.bfloat16 else 1e-5
+    for label, mine, twice, exact in zip("oqkv", found, again, wanted(heads, upstream, None), strict=True):
+        error = (mine.double().cpu() - exact).norm() / exact.norm()
+        assert error < bound, f"{label}: relative error {error:.2e}"
+        assert not fixed or torch.equal(mine, twice), label
+
+
 @pytest.mark.parametrize(
     ("name", "with_documents"),
     [*((name, False) for name in ("cudnn", "flash", "fa", "triton", "efficient")), ("flash", True)],

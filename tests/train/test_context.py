@@ -44,9 +44,9 @@ def _run(rank: int, world: int, config: Trainer.Config) -> dict[str, Any]:
 def test_losses_are_those_of_one_rank_and_ranks_see_its_samples(tmp_path: Path) -> None:
     text = write_text(tmp_path / "text.txt")
 
-    def of(degrees: Degrees, accumulate: int = 1) -> list[dict[str, Any]]:
+    def of(degrees: Degrees, accumulate: int = 1, dtype: Any = "float32") -> list[dict[str, Any]]:
         given = config(text, degrees, PATTERN)
-        given = replace(given, train=replace(given.train, accumulate=accumulate))
+        given = replace(given, train=replace(given.train, accumulate=accumulate, dtype=dtype))
         return run_distributed(_run, degrees.world, given)
 
     (alone,) = of(Degrees())
@@ -66,6 +66,9 @@ def test_losses_are_those_of_one_rank_and_ranks_see_its_samples(tmp_path: Path) 
             share, segment = torch.tensor(alone["seen"]), torch.tensor(found["seen"])
             share = share.chunk(degrees.data, dim=3)[place // 2].chunk(2, dim=2)[place % 2]
             assert torch.equal(segment, share), degrees
+    narrow = of(Degrees(context=2), 2, "bfloat16")[0]["steps"]
+    for (loss, norm), (wanted, wanted_norm) in zip(narrow, alone["steps"], strict=True):
+        assert (loss, norm) == (pytest.approx(wanted, rel=2e-3), pytest.approx(wanted_norm, rel=2e-2))
 
 
 def _measured(rank: int, world: int, config: Trainer.Config) -> tuple[int, float]:

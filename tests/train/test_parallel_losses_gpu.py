@@ -93,6 +93,19 @@ def test_losses_stay_within_the_noise_of_one_gpu(
     assert_alike(found, alone, noise)
 
 
+@pytest.mark.skipif(GPUS < 2, reason="needs two GPUs that reach each other's memory")
+@pytest.mark.parametrize("tensor", [1, 2])
+def test_segments_stay_within_the_noise_of_one_gpu_and_repeat(
+    runs: Runs, alone: Curve, noise: float, tensor: int
+) -> None:
+    if 2 * tensor > GPUS:
+        pytest.skip(f"needs {2 * tensor} GPUs")
+    found, again = (runs.of(tensor, parallel__context=2, again=number) for number in (0, 1))
+    print(f"context 2 x {tensor}: {found.distance(alone):.5f} nats from one GPU, whose noise is {noise:.5f}")
+    assert_alike(found, alone, noise)
+    assert again.steps == found.steps
+
+
 @pytest.mark.parametrize(
     ("tensor", "data", "tune"),
     [_on(2, 1, False), _on(4, 1, False), _on(4, 1, True), _on(1, 4, False), _on(2, 2, True)],
