@@ -117,6 +117,7 @@ def test_wrong_words_are_one_line_before_any_rank_starts(
         (["--model.pairing", "MQA"], True, True, "its Llama has no model.pairing"),
         (["--train.dtype", "float32"], True, True, "it computes in bf16"),
         (["--train.document_mask", "true"], True, True, "its batches are not cut"),
+        (["--parallel.context", "2"], True, True, "set parallel.context 1"),
     ],
 )
 def test_a_peer_that_cannot_run_is_one_line(

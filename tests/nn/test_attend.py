@@ -88,7 +88,7 @@ def test_the_last_queries_of_more_keys_are_those_of_all_gradients_too(
     slopes = torch.autograd.grad(wanted, exact, upstream.double())
     found = (out, *torch.autograd.grad(out, whole, upstream))
     for got, want in zip(found, (wanted, *slopes), strict=True):
-        assert float((got.double() - want).detach().norm() / want.norm()) < bound
+        assert float(((got.double() - want).norm() / want.norm()).detach()) < bound
 
 
 def test_backends_that_count_queries_from_the_first_key_refuse_more_keys() -> None:
