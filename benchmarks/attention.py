@@ -285,15 +285,20 @@ def main() -> None:
     torch.manual_seed(0)
     facts = {"gpus": machine.gpus(1), **machine.versions(), **machine.gpu_versions(), "date": machine.date()}
     report: dict[str, Any] = {"machine": facts}
+    args.out.mkdir(parents=True, exist_ok=True)
+
+    def keep(part: str, found: list[dict[str, Any]]) -> None:
+        report[part] = report.get(part, []) + found
+        (args.out / "attention.json").write_text(json.dumps(report, indent=1) + "\n")
+
     if "passes" in args.parts:
         before = None if args.before is None else older(args.before)
-        report["passes"] = [passes(shape, args.rounds, before) for shape in PASSES]
+        for shape in PASSES:
+            keep("passes", [passes(shape, args.rounds, before)])
     if "backends" in args.parts:
-        report["rows"] = [
-            row for shape in SHAPES for packed in (False, True) for row in measure(shape, args.rounds, packed)
-        ]
-    args.out.mkdir(parents=True, exist_ok=True)
-    (args.out / "attention.json").write_text(json.dumps(report, indent=1) + "\n")
+        for heads in SHAPES:
+            for packed in (False, True):
+                keep("rows", measure(heads, args.rounds, packed))
 
 
 if __name__ == "__main__":

@@ -15,7 +15,9 @@ _GLUON = (
 MOST_PAIRS = (1 << 15) - 1  # numbers of pairs and heads are signed 16 bits
 _WIDEST = 128
 _SECTION_BYTES = 24 << 20  # keys and values that blocks at work at the same time read: half of the L2 cache
-_TOGETHER = 4  # more would wait for one another at a section's begin
+# Tiles of keys of one head that are at work at the same time, times the rows that they meet at once: fewer
+# read rows more often, more wait for one another at a section's begin.
+_TOGETHER = 512
 # Blocks a multiprocessor from which on none waits long for the longest: that of causal attention is twice the
 # mean, and they begin longest first.
 _FILLED = 1.5
@@ -78,13 +80,13 @@ def section_of(heads: int, tokens: int, width: int, itemsize: int) -> int:
     return next(count for count in range(min(most, heads), 0, -1) if heads % count == 0)
 
 
-def gradients_section_of(units: int, unit: int, processors: int) -> int:
+def gradients_section_of(units: int, unit: int, rows: int, processors: int) -> int:
     """How many blocks, a multiple of ``unit``, work through all tiles of keys before the next of ``units``.
 
-    So few that ``_TOGETHER`` tiles of keys of one head are at work at the same time: what they read of its
-    rows, and the sums that they add to, then come from memory once. Sections are as even as can be.
+    So few that several tiles of keys of one head are at work at the same time: the ``rows`` that they meet at
+    once, and the sums that they add to, then come from memory once. Sections are as even as can be.
     """
-    most = max(1, processors // (_TOGETHER * unit))
+    most = max(1, processors * rows // (_TOGETHER * unit))
     return unit * -(-units // -(-units // most))
 
 

@@ -188,7 +188,7 @@ def backward(
         HAS_SLOPE=d_logsumexp is not None,
         num_warps=4,
     )
-    parts = _Parts.of(sizes, key, key_of, tiles.rows)
+    parts = _Parts.of(sizes, key, key_of, tiles)
     d_key, d_value = (parts.memory(x) for x in (key, value))
     owned = HALF if chosen.partitioned else tiles.rows
     described = [
@@ -270,13 +270,14 @@ class _Parts(NamedTuple):
     section: int
 
     @classmethod
-    def of(cls, sizes: "_Sizes", key: Tensor, key_of: tuple[int, ...], rows: int) -> "_Parts":
+    def of(cls, sizes: "_Sizes", key: Tensor, key_of: tuple[int, ...], tiles: Tiles) -> "_Parts":
         heads, processors = sizes.batch * key.shape[1], _processors(key.device)
         most = max(map(key_of.count, set(key_of)))
-        splits = splits_of(heads * triton.cdiv(sizes.keys, rows), most, processors)
+        splits = splits_of(heads * triton.cdiv(sizes.keys, tiles.rows), most, processors)
         # Heads that add to one dQ wait for each other's tiles of keys, so they must be in one section.
         unit = key.shape[1] * splits if sizes.maps.shared else 1
-        return cls(splits, heads * splits, gradients_section_of(heads * splits // unit, unit, processors))
+        blocks = heads * splits
+        return cls(splits, blocks, gradients_section_of(blocks // unit, unit, tiles.columns, processors))
 
     def memory(self, x: Tensor) -> Tensor:
         """Memory for a gradient, ``[splits, B, heads, tokens, D]``: fp32 where parts are to be added."""

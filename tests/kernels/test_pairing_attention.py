@@ -112,7 +112,7 @@ def test_sections_of_the_gradients_change_no_bit(
     monkeypatch.setattr(kernels, "splits_of", lambda *_: 2)
     asked = []
 
-    def whole_of(units: int, own: int, _: int) -> int:
+    def whole_of(units: int, own: int, *_: int) -> int:
         asked.append((units, own))
         return units * own
 
@@ -120,7 +120,7 @@ def test_sections_of_the_gradients_change_no_bit(
     whole = outcome(op.pairing_kernels, given, *pairs, True)
     assert set(asked) == {(len(set(pairs[1])) * 2 * 3 // unit, unit)}
     for count in (1, 2, 5):
-        monkeypatch.setattr(kernels, "gradients_section_of", lambda _, own, __, count=count: count * own)
+        monkeypatch.setattr(kernels, "gradients_section_of", lambda _, own, *__, count=count: count * own)
         for found, other in zip(outcome(op.pairing_kernels, given, *pairs, True), whole, strict=True):
             assert torch.equal(found, other)
 
@@ -158,11 +158,11 @@ def test_sections_and_splits_divide_the_work() -> None:
     assert section_of(32, 4096, 64, 2) == 16
     assert section_of(32, 1 << 20, 128, 2) == 1
     assert section_of(6, 128, 64, 2) == 6
-    assert gradients_section_of(128, 1, 132) == 32
-    assert gradients_section_of(37, 1, 132) == 19
-    assert gradients_section_of(4, 8, 132) == 32
-    assert gradients_section_of(4, 40, 132) == 40
-    assert gradients_section_of(16, 1, 132) == 16
+    assert gradients_section_of(128, 1, 128, 132) == 32
+    assert gradients_section_of(37, 1, 128, 132) == 19
+    assert gradients_section_of(4, 8, 128, 132) == 32
+    assert gradients_section_of(4, 40, 128, 132) == 40
+    assert gradients_section_of(64, 1, 64, 132) == 16
     assert splits_of(128, 8, 132) == 2
     assert splits_of(1, 8, 132) == 8
     assert splits_of(1, 5, 132) == 4
