@@ -25,9 +25,10 @@ class AdamW:
 
     Moments, masters and accumulated gradients are fp32 tensors of the local shards' shapes. A parameter
     that is fp32 is its own master; one of a narrower dtype is rounded from its master in each step, and the
-    products that make its gradient add it up in fp32 (``main_grad``), except under FSDP2. Matrices decay,
-    vectors (norm weights, biases) do not. Working on local tensors rather than DTensors makes one fused
-    update of all of them possible, whatever meshes they live on.
+    products that make its gradient add it up in fp32 (``main_grad``), except under FSDP2, whose reduced
+    gradients are of the parameter's dtype and stay so if they are of one pass. Matrices decay, vectors (norm
+    weights, biases) do not. Working on local tensors rather than DTensors makes one fused update of all of
+    them possible, whatever meshes they live on.
     """
 
     @dataclass(frozen=True, kw_only=True)
@@ -90,16 +91,16 @@ class AdamW:
             if name in self._main:
                 narrow[self._main[name]] = gradient
             elif name in self._gradients:
-                self._gradients[name] += gradient
+                self._gradients[name] = self._gradients[name].float().add_(gradient)
             else:
-                self._gradients[name] = gradient.float()
+                self._gradients[name] = gradient  # the update reads it as it is
             parameter.grad = None
         add_each(narrow)
         self._gradients |= {name: main.total for name, main in self._main.items() if main.filled}
 
     @property
     def gradients(self) -> Mapping[str, Tensor]:
-        """The accumulated fp32 gradients of this rank's shards, by parameter."""
+        """The accumulated gradients of this rank's shards, by parameter: fp32, or else of one pass."""
         return self._gradients
 
     def step(self, learning_rate: float, update: int, limit: float = sys.float_info.max) -> Tensor:
@@ -109,8 +110,11 @@ class AdamW:
         every rank, is above ``limit`` or not finite, nothing but the gradients changes. On a GPU that is
         decided there, and the host does not wait. Collective over the mesh.
         """
-        replicated = [g for name, g in self._gradients.items() if name not in self._sharded]
-        sum_over_tensor(replicated, self.mesh)
+        replicated = {name: g for name, g in self._gradients.items() if name not in self._sharded}
+        if self.mesh[TENSOR].size() > 1:
+            replicated = {name: gradient.float() for name, gradient in replicated.items()}
+            sum_over_tensor(list(replicated.values()), self.mesh)
+            self._gradients |= replicated
         gradients = [self._contiguous(name) for name in self._order]
         norm = self._global_norm(self._kernels.squares(gradients))
         accepted = norm <= min(limit, sys.float_info.max)

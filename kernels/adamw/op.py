@@ -2,7 +2,7 @@
 
 from collections.abc import Sequence
 from itertools import groupby
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import torch
 from torch import Tensor
@@ -25,10 +25,10 @@ class Optimizer(Protocol):
         accepted: Tensor,
         values: Hyperparameters,
     ) -> None:
-        """Update every slot that has an fp32 gradient, times ``factor``, if ``accepted`` is true.
+        """Update every slot that has a gradient, times ``factor``, if ``accepted`` is true.
 
         Both are fp64 and bool scalars on the device of the slots; nothing waits for them on a GPU. Gradients
-        may change.
+        are fp32 or of the weight's dtype, and may change.
         """
 
 
@@ -54,6 +54,14 @@ class _Plain:
         reference.update(self.slots, gradients, factor, accepted, values)
 
 
+class _Run(NamedTuple):
+    """Slots whose weights have one dtype, and their blocks."""
+
+    dtype: torch.dtype
+    slots: slice
+    blocks: slice
+
+
 class _Kernels:
     def __init__(self, slots: Sequence[Slot], divided: int) -> None:
         from flashtrain.kernels.adamw import triton
@@ -77,12 +85,13 @@ class _Kernels:
         self.blocks = blocks.to(self.device)
         self.first_others = sum(counts[:divided])
         # One launch for each run of slots whose weights have one dtype: of a usual model, one in all.
-        self.runs: list[tuple[torch.dtype, slice]] = []
-        begin = 0
+        self.runs: list[_Run] = []
+        first = begin = 0
         for dtype, run in groupby(zip(slots, counts, strict=True), key=lambda pair: pair[0].weight.dtype):
-            end = begin + sum(count for _, count in run)
-            self.runs.append((dtype, slice(begin, end)))
-            begin = end
+            of_run = [count for _, count in run]
+            last, end = first + len(of_run), begin + sum(of_run)
+            self.runs.append(_Run(dtype, slice(first, last), slice(begin, end)))
+            first, begin = last, end
         parts = [(slot.master, slot.mean, slot.variance, slot.weight) for slot in slots]
         rows = [
             [*(part.data_ptr() for part in four), int(slot.decays)]
@@ -94,8 +103,12 @@ class _Kernels:
         self.addresses: list[int] = []
 
     def squares(self, gradients: Sequence[Tensor | None]) -> Tensor:
+        gradients, dtypes = self._uniform(gradients)
         aligned = self._point(gradients)
-        partial = self.kernels.squares(self.blocks, self.gradients, self.sizes, aligned)
+        partial = torch.empty(self.blocks.shape[0], dtype=torch.float64, device=self.device)
+        for run, dtype in zip(self.runs, dtypes, strict=True):
+            blocks = self.blocks[run.blocks]
+            self.kernels.squares(blocks, self.gradients, self.sizes, partial[run.blocks], dtype, aligned)
         halves = partial[: self.first_others], partial[self.first_others :]
         return torch.stack([half.sum() for half in halves])
 
@@ -106,6 +119,7 @@ class _Kernels:
         accepted: Tensor,
         values: Hyperparameters,
     ) -> None:
+        gradients, dtypes = self._uniform(gradients)
         aligned = self._point(gradients) and self.aligned
         narrow = factor.float()
         scalars = (
@@ -117,18 +131,29 @@ class _Kernels:
             1 - values.beta2,
             values.epsilon,
         )
-        for dtype, run in self.runs:
+        for run, dtype in zip(self.runs, dtypes, strict=True):
             self.kernels.update(
-                self.blocks[run],
+                self.blocks[run.blocks],
                 self.tensors,
                 self.gradients,
                 self.sizes,
                 narrow,
                 accepted,
                 scalars,
+                run.dtype,
                 dtype,
                 aligned,
             )
+
+    def _uniform(self, gradients: Sequence[Tensor | None]) -> tuple[list[Tensor | None], list[torch.dtype]]:
+        """Gradients of one dtype in each run, as its launches read them, and these dtypes."""
+        found, dtypes = list(gradients), []
+        for run in self.runs:
+            own = {gradient.dtype for gradient in found[run.slots] if gradient is not None}
+            dtypes.append(own.pop() if len(own) == 1 else torch.float32)
+            if own:
+                found[run.slots] = [None if g is None else g.float() for g in found[run.slots]]
+        return found, dtypes
 
     def _point(self, gradients: Sequence[Tensor | None]) -> bool:
         """Tell the device where the gradients lie, if they have moved; whether they lie on 16 bytes."""

@@ -31,7 +31,9 @@ def update(
     if not accepted:
         return
     found = [
-        (slot, gradient) for slot, gradient in zip(slots, gradients, strict=True) if gradient is not None
+        (slot, gradient.float())
+        for slot, gradient in zip(slots, gradients, strict=True)
+        if gradient is not None
     ]
     if float(factor) != 1.0:
         torch._foreach_mul_([gradient for _, gradient in found], float(factor))

@@ -35,15 +35,31 @@ def inside_of(offset, size, WHOLE: tl.constexpr):  # type: ignore[no-untyped-def
 
 
 @triton.jit
-def square_of(address, begin, size, ALIGNED: tl.constexpr, WHOLE: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def square_of(  # type: ignore[no-untyped-def]
+    address,
+    begin,
+    size,
+    GRADIENT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    WHOLE: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     offset = begin + tl.arange(0, BLOCK)
     inside = inside_of(offset, size, WHOLE)
-    values = tl.load(pointer(address, tl.float32, ALIGNED) + offset, mask=inside, other=0.0).to(tl.float64)
+    values = tl.load(pointer(address, GRADIENT, ALIGNED) + offset, mask=inside, other=0.0).to(tl.float64)
     return tl.sum(values * values, axis=0)
 
 
 @kernel
-def squares_kernel(blocks, gradients, sizes, partial, ALIGNED: tl.constexpr, BLOCK: tl.constexpr):  # type: ignore[no-untyped-def]
+def squares_kernel(  # type: ignore[no-untyped-def]
+    blocks,
+    gradients,
+    sizes,
+    partial,
+    GRADIENT: tl.constexpr,
+    ALIGNED: tl.constexpr,
+    BLOCK: tl.constexpr,
+):
     """The squared norm of one block, in fp64: what fp32 cannot hold must not look like a norm."""
     place = tl.program_id(0)
     tensor = tl.load(blocks + 2 * place)
@@ -52,9 +68,9 @@ def squares_kernel(blocks, gradients, sizes, partial, ALIGNED: tl.constexpr, BLO
     total = tl.full((), 0.0, tl.float64)
     if tl.load(gradients + tensor) != 0:
         if begin + BLOCK <= size:
-            total = square_of(gradients + tensor, begin, size, ALIGNED, True, BLOCK)
+            total = square_of(gradients + tensor, begin, size, GRADIENT, ALIGNED, True, BLOCK)
         else:
-            total = square_of(gradients + tensor, begin, size, ALIGNED, False, BLOCK)
+            total = square_of(gradients + tensor, begin, size, GRADIENT, ALIGNED, False, BLOCK)
     tl.store(partial + place, total)
 
 
@@ -73,6 +89,7 @@ def update_block(  # type: ignore[no-untyped-def]
     one_less_beta2,
     epsilon,
     DTYPE: tl.constexpr,
+    GRADIENT: tl.constexpr,
     WRITES: tl.constexpr,
     ALIGNED: tl.constexpr,
     WHOLE: tl.constexpr,
@@ -84,12 +101,12 @@ def update_block(  # type: ignore[no-untyped-def]
     means = pointer(row + 1, tl.float32, ALIGNED)
     variances = pointer(row + 2, tl.float32, ALIGNED)
     weights = pointer(row + 3, DTYPE, ALIGNED)
-    gradients = pointer(address, tl.float32, ALIGNED)
+    gradients = pointer(address, GRADIENT, ALIGNED)
     decay = tl.where(tl.load(row + 4) != 0, keep, 1.0)
     for part in range(0, BLOCK, PART):
         offset = begin + part + tl.arange(0, PART)
         inside = inside_of(offset, size, WHOLE)
-        gradient = tl.load(gradients + offset, mask=inside, other=0.0)
+        gradient = tl.load(gradients + offset, mask=inside, other=0.0).to(tl.float32)
         master = tl.load(masters + offset, mask=inside, other=0.0)
         mean = tl.load(means + offset, mask=inside, other=0.0)
         variance = tl.load(variances + offset, mask=inside, other=0.0)
@@ -123,6 +140,7 @@ def update_kernel(  # type: ignore[no-untyped-def]
     one_less_beta2,
     epsilon,
     DTYPE: tl.constexpr,
+    GRADIENT: tl.constexpr,
     WRITES: tl.constexpr,
     ALIGNED: tl.constexpr,
     BLOCK: tl.constexpr,
@@ -152,6 +170,7 @@ def update_kernel(  # type: ignore[no-untyped-def]
                 one_less_beta2,
                 epsilon,
                 DTYPE,
+                GRADIENT,
                 WRITES,
                 ALIGNED,
                 True,
@@ -173,6 +192,7 @@ def update_kernel(  # type: ignore[no-untyped-def]
                 one_less_beta2,
                 epsilon,
                 DTYPE,
+                GRADIENT,
                 WRITES,
                 ALIGNED,
                 False,
@@ -181,14 +201,21 @@ def update_kernel(  # type: ignore[no-untyped-def]
             )
 
 
-def squares(blocks: Tensor, gradients: Tensor, sizes: Tensor, aligned: bool) -> Tensor:
-    """Squared norms of the gradients' blocks ``[blocks]``, in fp64."""
-    partial = torch.empty(blocks.shape[0], dtype=torch.float64, device=blocks.device)
+def squares(
+    blocks: Tensor, gradients: Tensor, sizes: Tensor, partial: Tensor, dtype: torch.dtype, aligned: bool
+) -> None:
+    """Squared norms of the blocks of gradients of ``dtype`` into ``partial [blocks]``, in fp64."""
     if blocks.shape[0]:
         squares_kernel[(blocks.shape[0],)](
-            blocks, gradients, sizes, partial, ALIGNED=aligned, BLOCK=BLOCK, num_warps=8
+            blocks,
+            gradients,
+            sizes,
+            partial,
+            GRADIENT=DTYPES[dtype],
+            ALIGNED=aligned,
+            BLOCK=BLOCK,
+            num_warps=8,
         )
-    return partial
 
 
 def update(
@@ -200,12 +227,14 @@ def update(
     accepted: Tensor,
     scalars: tuple[float, ...],
     dtype: torch.dtype,
+    gradient: torch.dtype,
     aligned: bool,
 ) -> None:
     """Update the tensors of ``blocks [n, 2]`` (tensor, block of it), whose weights have ``dtype``.
 
     ``tensors [T, 5]`` has the addresses of master, mean, variance and weight, and whether the tensor decays;
-    ``gradients [T]`` the addresses of gradients, 0 where there is none; ``sizes [T]`` elements.
+    ``gradients [T]`` the addresses of gradients of dtype ``gradient``, 0 where there is none; ``sizes [T]``
+    elements.
     """
     if blocks.shape[0]:
         update_kernel[(blocks.shape[0],)](
@@ -217,6 +246,7 @@ def update(
             accepted,
             *scalars,
             DTYPE=DTYPES[dtype],
+            GRADIENT=DTYPES[gradient],
             WRITES=dtype != torch.float32,
             ALIGNED=aligned,
             BLOCK=BLOCK,

@@ -88,6 +88,29 @@ def test_masters_and_moments_equal_fp64(make: Callable[..., op.Optimizer], dtype
     assert all(torch.equal(one, other) for one, other in zip(found, again, strict=True))
 
 
+@pytest.mark.parametrize("wide", [(), (0,), (1, 4)])
+@pytest.mark.parametrize("make", [op._Kernels, op._Plain])
+def test_gradients_of_the_weights_dtype_are_those_in_fp32(
+    make: Callable[..., op.Optimizer], wide: tuple[int, ...], poisoned_memory: None
+) -> None:
+    """Some in fp32 beside them, too."""
+    found = []
+    for narrow in (True, False):
+        slots = slots_of(MIXED)
+        rounded = [
+            None if g is None else g.to(slot.weight.dtype)
+            for g, slot in zip(gradients_of(1), slots, strict=True)
+        ]
+        given = [g if g is None or (narrow and at not in wide) else g.float() for at, g in enumerate(rounded)]
+        one = make(slots, 3)
+        squares = one.squares(given)
+        one.update(given, scalar(0.3), scalar(True, torch.bool), VALUES)
+        found.append(
+            [squares, *(t for slot in slots for t in (slot.weight, slot.master, slot.mean, slot.variance))]
+        )
+    assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
+
+
 def test_tensors_that_do_not_lie_on_16_bytes() -> None:
     memory = [torch.randn(5001, generator=torch.Generator().manual_seed(n)) for n in range(3)]
     odd = [m.to(DEVICE)[1:] for m in memory]

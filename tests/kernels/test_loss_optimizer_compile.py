@@ -33,9 +33,10 @@ def ptx(kernel, **given):
 found = {
     "statistics": ptx(loss.statistics_kernel, LOWEST=loss._LOWEST, BLOCK=loss._READ),
     "slopes": ptx(loss.slopes_kernel, RANKS=4, IGNORE=-100, BLOCK=loss._WRITTEN),
-    "squares": ptx(adamw.squares_kernel, ALIGNED=True, BLOCK=adamw.BLOCK),
-    "update": ptx(adamw.update_kernel, DTYPE=tl.bfloat16, WRITES=True, ALIGNED=True, BLOCK=adamw.BLOCK,
-                  PART=adamw._PART),
+    "squares": ptx(adamw.squares_kernel, GRADIENT=tl.float32, ALIGNED=True, BLOCK=adamw.BLOCK),
+    "squares bf16": ptx(adamw.squares_kernel, GRADIENT=tl.bfloat16, ALIGNED=True, BLOCK=adamw.BLOCK),
+    "update": ptx(adamw.update_kernel, DTYPE=tl.bfloat16, GRADIENT=tl.float32, WRITES=True, ALIGNED=True,
+                  BLOCK=adamw.BLOCK, PART=adamw._PART),
 }
 for name, text in found.items():
     print(name, *(len(re.findall(rf"{way}\\.global\\S*\\.v4", text)) for way in ("ld", "st")))
@@ -49,4 +50,5 @@ def test_whole_blocks_are_read_and_written_16_bytes_at_a_time() -> None:
     )
     assert ran.returncode == 0, ran.stderr
     # 16 elements a thread, of the update 4 at once: 4 fp32 tensors read, 3 written, of bf16 weights 8 bytes.
-    assert sorted(ran.stdout.splitlines()) == ["slopes 2 2", "squares 4 0", "statistics 8 0", "update 4 3"]
+    found = ["slopes 2 2", "squares 4 0", "squares bf16 2 0", "statistics 8 0", "update 4 3"]
+    assert sorted(ran.stdout.splitlines()) == found

@@ -109,22 +109,24 @@ def slots_of(dtype: torch.dtype) -> list[Slot]:
 
 @pytest.mark.parametrize("dtype", BOUNDS)
 def test_adamw_equals_fp64(dtype: torch.dtype) -> None:
+    """The second way has gradients as narrow as the weights."""
     slots, again = slots_of(dtype), slots_of(dtype)
     wide = [[t.double() for t in (slot.master, slot.mean, slot.variance)] for slot in slots]
     ways = adamw.optimizer(slots, 2), adamw.optimizer(again, 2)
     for step in range(1, 6):
-        gradients: list[Tensor | None] = [torch.randn_like(slot.master) for slot in slots]
+        narrow: list[Tensor | None] = [torch.randn_like(slot.weight) for slot in slots]
+        gradients = [None if gradient is None else gradient.float() for gradient in narrow]
         values = Hyperparameters(rate=1e-2, beta1=0.9, beta2=0.95, epsilon=1e-8, decay=0.1, update=step)
         squares = ways[0].squares(gradients)
         sums = [
             sum(float(g.double().square().sum()) for g in part) for part in (gradients[:2], gradients[2:])
         ]
         assert squares.tolist() == pytest.approx(sums, rel=1e-12)
-        assert torch.equal(squares, ways[1].squares(gradients))
+        assert torch.equal(squares, ways[1].squares(narrow))
         factor = torch.tensor(0.37, dtype=torch.float64, device="cuda")
-        for way in ways:
-            way.update(gradients, factor, torch.tensor(True, device="cuda"), values)
-            way.update(gradients, factor * torch.nan, torch.tensor(False, device="cuda"), values)
+        for way, given in zip(ways, (gradients, narrow), strict=True):
+            way.update(given, factor, torch.tensor(True, device="cuda"), values)
+            way.update(given, factor * torch.nan, torch.tensor(False, device="cuda"), values)
         for slot, (master, mean, variance), gradient in zip(slots, wide, gradients, strict=True):
             assert gradient is not None
             scaled = 0.37 * gradient.double()

@@ -180,3 +180,27 @@ def test_fp32_and_what_fsdp_reduces_have_none(tmp_path: Path) -> None:
     text = write_text(tmp_path / "text.txt")
     assert run_distributed(_given, 1, _config(text, 1, 1, "float32"), tmp_path) == [0]
     assert run_distributed(_given, 2, _config(text, 1, 2), tmp_path) == [0, 0]
+
+
+def _reduced(rank: int, world: int, config: Trainer.Config, out: Path) -> int:
+    """How many gradients stay in the dtype that FSDP2 reduced them in; sums of two passes do not."""
+    trainer = _trainer(config, out)
+    passes = []
+    for times in (1, 2):
+        for tokens, targets in trainer.batches.of(1):
+            trainer.model(tokens, targets).backward()
+        if times == 2:
+            passes.append({name: parallel._local(p.grad) for name, p in trainer.optimizer.parameters.items()})
+        trainer.optimizer.accumulate()
+        passes.append(dict(trainer.optimizer.gradients))
+    first, second, both = passes
+    assert first.keys() == trainer.optimizer.parameters.keys()
+    assert {g.dtype for g in first.values()} == {torch.bfloat16}
+    assert all(torch.equal(g, first[name].float() + second[name]) for name, g in both.items())
+    return len(both)
+
+
+@pytest.mark.parametrize(("tensor", "data"), [(1, 2), (2, 2)])
+def test_reduced_gradients_of_one_pass_are_not_copied(tmp_path: Path, tensor: int, data: int) -> None:
+    config = _config(write_text(tmp_path / "text.txt"), tensor, data)
+    assert all(run_distributed(_reduced, tensor * data, config, tmp_path))
