@@ -71,11 +71,15 @@ class _GroupExchange(Exchange):
         ]
         if not batch:
             return
-        try:
-            works = dist.batch_isend_irecv(batch)
-        except RuntimeError as error:
-            chunk, peer = (leaving[0][:2]) if leaving else (arriving[0][:2])
-            raise TransportError(f"{self.describe(step, chunk, peer)}: {first_line(error)}") from error
+        peers = [(send.chunk, send.dst) for send in leaving] + [(e.chunk, e.src) for e in arriving]
+        # On gloo one by one, which is what a batch comes to there: so it is known whose message cannot begin.
+        size = 1 if self.transport.host_side else len(batch)
+        works: list[dist.Work] = []
+        for begin in range(0, len(batch), size):
+            try:
+                works += dist.batch_isend_irecv(batch[begin : begin + size])
+            except RuntimeError as error:
+                raise TransportError(f"{self.describe(step, *peers[begin])}: {first_line(error)}") from error
         if len(works) < len(batch):
             works = works * len(batch)  # NCCL answers for the whole batch with one handle
         self._leaving += [(step, send, work) for send, work in zip(leaving, works, strict=False)]

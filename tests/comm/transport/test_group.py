@@ -89,7 +89,7 @@ def test_a_failing_peer_is_named_with_its_place_in_the_schedule(
         assert ", peer rank " in message
         assert "\n" not in message
     # One survivor may learn it from the other, which gave up first; at least one names the one that failed.
-    assert any("peer rank 1: " in message for message in answers.values())
+    assert any("peer rank 1: " in message for message in answers.values()), answers
 
 
 def _move(rank: int, world: int) -> dict[str, Any]:
