@@ -3,7 +3,6 @@
 from typing import Any, NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -25,6 +24,7 @@ from flashtrain.kernels.pairing_attention.config import (
 )
 from flashtrain.kernels.pairing_attention.forward import attention_kernel
 from flashtrain.kernels.pairing_attention.maps import maps_of
+from flashtrain.kernels.sizes import cdiv, next_power_of_2, processors
 
 _LOG2E = 1.4426950408889634
 
@@ -50,7 +50,7 @@ def forward(
         _forward_hopper(sizes, tiles, query, key, value, out, logsumexp)
         return out, logsumexp
     section = section_of(sizes.pairs, sizes.keys, sizes.width, sizes.itemsize)
-    grid = (section, triton.cdiv(sizes.sequence, tiles.rows), sizes.batch * (sizes.pairs // section))
+    grid = (section, cdiv(sizes.sequence, tiles.rows), sizes.batch * (sizes.pairs // section))
     attention_kernel[grid](
         sizes.described(query, tiles.rows),
         sizes.described(key, tiles.columns),
@@ -83,10 +83,10 @@ def _forward_hopper(
 
     owned, heads = [HALF, tiles.columns, tiles.columns, HALF], sizes.batch * sizes.pairs
     described = [sizes.described(x, rows) for x, rows in zip((query, key, value, out), owned, strict=True)]
-    total = heads * triton.cdiv(sizes.sequence, tiles.rows)
+    total = heads * cdiv(sizes.sequence, tiles.rows)
     # Pairs of one KV head read it together, and mostly lie side by side.
     tokens = max(1, sizes.keys * key.shape[1] // sizes.pairs)
-    hopper_forward.attention_hopper[(min(total, _processors(query.device)),)](
+    hopper_forward.attention_hopper[(min(total, processors(query.device)),)](
         *map(with_layout, described),
         logsumexp,
         sizes.maps.query_of,
@@ -126,7 +126,7 @@ def backward(
     rows, depth = tiles.columns, sizes.constants["D"]
     if d_out.stride(3) != 1:
         d_out = d_out.contiguous()
-    heads, number = query.shape[1], triton.cdiv(sizes.sequence, rows)
+    heads, number = query.shape[1], cdiv(sizes.sequence, rows)
     memory: dict[str, Any] = {"dtype": torch.float32, "device": query.device}
     norms, means = torch.empty(2, sizes.batch, sizes.pairs, number * rows, **memory)
     sums = torch.empty(sizes.batch * heads * number * depth, rows, **memory)
@@ -180,7 +180,7 @@ def backward(
         sizes.scale,
         *d_key.stride()[:4],
     )
-    grid = (parts.blocks * triton.cdiv(sizes.keys, tiles.rows),)
+    grid = (parts.blocks * cdiv(sizes.keys, tiles.rows),)
     if chosen.partitioned:
         from flashtrain.kernels.pairing_attention import hopper
 
@@ -237,13 +237,13 @@ class _Parts(NamedTuple):
 
     @classmethod
     def of(cls, sizes: "_Sizes", key: Tensor, key_of: tuple[int, ...], tiles: Tiles) -> "_Parts":
-        heads, processors = sizes.batch * key.shape[1], _processors(key.device)
+        heads, available = sizes.batch * key.shape[1], processors(key.device)
         most = max(map(key_of.count, set(key_of)))
-        splits = splits_of(heads * triton.cdiv(sizes.keys, tiles.rows), most, processors)
+        splits = splits_of(heads * cdiv(sizes.keys, tiles.rows), most, available)
         # Heads that add to one dQ wait for each other's tiles of keys, so they must be in one section.
         unit = key.shape[1] * splits if sizes.maps.shared else 1
         blocks = heads * splits
-        return cls(splits, blocks, gradients_section_of(blocks // unit, unit, tiles.columns, processors))
+        return cls(splits, blocks, gradients_section_of(blocks // unit, unit, tiles.columns, available))
 
     def memory(self, x: Tensor) -> Tensor:
         """Memory for a gradient, ``[splits, B, heads, tokens, D]``: fp32 where parts are to be added."""
@@ -270,7 +270,7 @@ class _Sizes:
         self.maps = maps_of(query.shape[1], key.shape[1], query_of, key_of, query.device)
         self.itemsize = query.itemsize
         self.constants: dict[str, Any] = {
-            "D": max(16, triton.next_power_of_2(self.width)),
+            "D": max(16, next_power_of_2(self.width)),
             "CAUSAL": causal,
             "PRECISION": "ieee" if query.dtype == torch.float32 else "tf32",
         }
@@ -278,9 +278,3 @@ class _Sizes:
     def described(self, x: Tensor, rows: int) -> TensorDescriptor:
         """``x [B, n, tokens, D]`` for TMA, ``rows`` of one head at a time."""
         return heads_descriptor(x, rows, self.constants["D"])
-
-
-def _processors(device: torch.device) -> int:
-    if device.type != "cuda":
-        return 2
-    return torch.cuda.get_device_properties(device).multi_processor_count

@@ -4,7 +4,6 @@ from functools import lru_cache
 from typing import NamedTuple
 
 import torch
-import triton
 from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
@@ -18,6 +17,7 @@ from flashtrain.kernels.shared_attention.backward import (
     take_slope_kernel,
     value_gradient_kernel,
 )
+from flashtrain.kernels.sizes import cdiv
 
 _LOG2E = 1.4426950408889634
 _SUM_ROWS = 64
@@ -39,7 +39,7 @@ def take_slope(slope: Tensor, output: Tensor, total: Tensor | None, kept: Tensor
     slope, output = _dense_rows(slope), _dense_rows(output)
     batch, heads, sequence, width = slope.shape
     found = torch.empty(slope.shape[:3], dtype=torch.float32, device=slope.device) if total is None else total
-    take_slope_kernel[(triton.cdiv(sequence, _SUM_ROWS), heads, batch)](
+    take_slope_kernel[(cdiv(sequence, _SUM_ROWS), heads, batch)](
         slope,
         output,
         found,
@@ -66,7 +66,7 @@ def value_gradient(
     found = torch.empty(
         sizes.sequence, sizes.batch, sizes.kv_heads, sizes.width, dtype=slope.dtype, device=slope.device
     ).permute(1, 2, 0, 3)
-    value_gradient_kernel[(sizes.batch * sizes.kv_heads, triton.cdiv(sizes.sequence, blocks.keys))](
+    value_gradient_kernel[(sizes.batch * sizes.kv_heads, cdiv(sizes.sequence, blocks.keys))](
         heads_descriptor(query, blocks.queries, sizes.width),
         heads_descriptor(key, blocks.keys, sizes.width),
         heads_descriptor(slope, blocks.queries, sizes.width),
@@ -106,7 +106,7 @@ def score_gradients(
     choice = choice or configs.choice(query.dtype, sizes.width)
     scores, products = choice.scores, choice.products
     tile, group = scores.keys, sizes.group
-    rows = triton.cdiv(sizes.sequence, tile)
+    rows = cdiv(sizes.sequence, tile)
     stored = rows * (rows + 1) // 2
     heads_at_once = max(1, scratch // (stored * tile * tile * query.element_size()))
     members = min(group, heads_at_once)

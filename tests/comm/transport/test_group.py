@@ -92,6 +92,32 @@ def test_a_failing_peer_is_named_with_its_place_in_the_schedule(
     assert any("peer rank 1: " in message for message in answers.values()), answers
 
 
+def _receives_nothing(rank: int, world: int) -> str:
+    def begin(batch: list[dist.P2POp]) -> list[dist.Work]:
+        if any(message.op is dist.irecv for message in batch):
+            raise RuntimeError("connection closed")
+        return []
+
+    dist.batch_isend_irecv = begin
+    plan, before, behind = schedule.all_gather([1] * world, rank), (rank - 1) % world, (rank + 1) % world
+    sends, expects = (
+        {Send(rank, behind, rank): torch.ones(1)},
+        {Expect(before, before, before): torch.ones(1)},
+    )
+    try:
+        with GroupTransport(dist.group.WORLD, 20.0).open(plan, "site") as exchange:
+            exchange.transfer(0, sends, expects)
+    except TransportError as error:
+        return str(error)
+    return "no error"
+
+
+def test_the_peer_of_a_message_that_cannot_begin_is_named() -> None:
+    for rank, message in enumerate(run_distributed(_receives_nothing, 3)):
+        before = (rank - 1) % 3
+        assert message.endswith(f", chunk {before}, peer rank {before}: connection closed"), message
+
+
 def _move(rank: int, world: int) -> dict[str, Any]:
     mover, peer = GroupTransport(dist.group.WORLD, 20.0), 1 - rank
     plan = schedule.all_gather([3, 0], rank)
