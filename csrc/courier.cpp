@@ -62,9 +62,11 @@ bool Courier::move_one(Link* preferred, uint32_t callers) {
 }
 
 void Courier::work() {
-  while (!stopping_.load(std::memory_order_acquire)) {
-    // Read before looking: a ring after the look changes the count, and the sleep returns at once.
+  while (true) {
+    // Read before looking, at `stopping_` too: a ring after the look changes the count, and the sleep
+    // returns at once.
     const uint32_t heard = bell_.heard();
+    if (stopping_.load(std::memory_order_acquire)) return;
     if (move_one(nullptr, 0)) continue;
     bell_.worker_asleep.store(1, std::memory_order_relaxed);
     // Pairs with the fence in Bell::ring, see there.

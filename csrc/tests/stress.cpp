@@ -147,6 +147,33 @@ void stress_transport(uint64_t seed, uint32_t world, uint64_t ring_bytes, uint64
               static_cast<unsigned long>(ring_bytes), static_cast<unsigned long>(operations));
 }
 
+// Couriers that stop while a peer rings: a worker that sleeps through the news would never be joined.
+void stress_stop(uint64_t rounds) {
+  Segment own = Segment::create(0, 2, 4096), peer = Segment::create(1, 2, 4096);
+  std::atomic<bool> rings{false}, done{false};
+  std::thread ringing([&] {
+    while (!done) {
+      if (rings) own->receive_bell.ring_all();
+    }
+  });
+  std::byte landing{};
+  for (uint64_t round = 0; round < rounds; ++round) {
+    Courier courier(own->receive_bell, "stop", "no data");
+    courier.add(std::make_unique<Inbox>(1, own->receive_bell, own, peer->send_bell));
+    const auto request = std::make_shared<Request>(std::make_shared<const Operation>(round, "stop"), 0, 0, 0,
+                                                   reinterpret_cast<uintptr_t>(&landing), 1);
+    request->link = courier.link(1);
+    rings = true;
+    courier.post(request);
+    std::this_thread::sleep_for(std::chrono::microseconds(round % 50));
+    rings = false;
+    courier.stop();
+  }
+  done = true;
+  ringing.join();
+  std::printf("stop: %lu rounds\n", static_cast<unsigned long>(rounds));
+}
+
 }  // namespace
 
 int main(int count, char** values) {
@@ -155,5 +182,6 @@ int main(int count, char** values) {
   stress_transport(seed, 2, 4096, 300);
   stress_transport(seed, 3, 65536, 150);
   stress_transport(seed, 4, 8192, 100);
+  stress_stop(2000);
   return 0;
 }
