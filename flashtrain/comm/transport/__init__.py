@@ -14,7 +14,7 @@ from flashtrain.comm import groups
 from flashtrain.comm.schedule import Kind
 from flashtrain.comm.transport.base import Exchange, Traffic, Transport, capturing
 from flashtrain.comm.transport.group import GroupTransport
-from flashtrain.errors import UserError, first_line
+from flashtrain.errors import TransportError, UserError, first_line
 
 __all__ = [
     "Exchange",
@@ -177,10 +177,15 @@ def _choose(group: dist.ProcessGroup, device: torch.device, buffers: int = 2) ->
 
 
 def _gather_strings(group: dist.ProcessGroup) -> Callable[[str], list[str]]:
-    """Gather one string of each rank as bytes: torch's object collectives unpickle what a peer sends."""
-    device = torch.device("cpu" if groups.backend(group, "cpu") else "cuda")
+    """Gather one string of each rank as bytes: torch's object collectives unpickle what a peer sends.
 
-    def exchange(own: str) -> list[str]:
+    Raises TransportError if a rank does not answer, and then at every later call, so that whoever takes the
+    first for a reason to do without something cannot hide it from the others' round.
+    """
+    device = torch.device("cpu" if groups.backend(group, "cpu") else "cuda")
+    failures: list[TransportError] = []
+
+    def gather(own: str) -> list[str]:
         mine = torch.frombuffer(bytearray(f"{own}\n".encode()), dtype=torch.uint8).to(device)
         size = torch.tensor([mine.numel()], device=device)
         sizes = [torch.zeros_like(size) for _ in range(group.size())]
@@ -191,6 +196,19 @@ def _gather_strings(group: dist.ProcessGroup) -> Callable[[str], list[str]]:
         dist.all_gather(parts, padded, group=group)
         texts = (part[: int(one) - 1].cpu() for part, one in zip(parts, sizes, strict=True))
         return [text.numpy().tobytes().decode() for text in texts]
+
+    def exchange(own: str) -> list[str]:
+        if failures:
+            raise failures[0]
+        try:
+            return gather(own)
+        except RuntimeError as error:
+            failure = TransportError(
+                f"rank {dist.get_rank()}: the ranks of group {group.group_name} were to tell each other what "
+                f"they have, and not all did: {first_line(error)}"
+            )
+            failures.append(failure)
+            raise failure from error
 
     return exchange
 

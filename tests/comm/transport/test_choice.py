@@ -2,6 +2,7 @@
 
 import importlib
 import logging
+from datetime import timedelta
 from types import SimpleNamespace
 from typing import Any
 
@@ -11,7 +12,7 @@ import torch.distributed as dist
 
 from flashtrain.comm import collectives, transport
 from flashtrain.comm.transport import host
-from flashtrain.errors import UserError
+from flashtrain.errors import TransportError, UserError
 from tests.comm.doubles import LosesChunks
 from tests.distributed import run_distributed
 
@@ -114,6 +115,25 @@ def test_host_without_the_extension_is_refused_on_every_rank(ranks: list[int]) -
     )
     assert message.endswith("use comm.transport group")
     assert "\n" not in message
+
+
+def _chosen_alone(rank: int, world: int) -> str:
+    """What rank 0 says of a group in which rank 1 makes no transport."""
+    group = dist.new_group(timeout=timedelta(seconds=1))
+    message = ""
+    if rank == 0:
+        with pytest.raises(TransportError) as caught:
+            transport.of(group.group_name, CPU)
+        message = str(caught.value)
+    dist.barrier()
+    return message
+
+
+def test_a_rank_that_does_not_come_is_no_reason_to_do_without() -> None:
+    message = run_distributed(_chosen_alone, 2)[0]
+    assert message.startswith("rank 0: the ranks of group ")
+    assert "not all did: " in message
+    assert "Timed out waiting 1000ms" in message
 
 
 def _reconfigured(rank: int, world: int) -> list[str]:
