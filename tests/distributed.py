@@ -4,12 +4,17 @@ Ranks are forked from a server that has imported torch and flashtrain once, so a
 a second and inherits no thread pool of the test process.
 """
 
+import faulthandler
 import multiprocessing
 import os
+import queue
+import signal
 import tempfile
+import time
 import traceback
-from collections.abc import Callable
+from collections.abc import Callable, Container, Sequence
 from datetime import timedelta
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -33,18 +38,23 @@ def _rank_main(
     fn: Callable[..., Any],
     rank: int,
     world: int,
-    store: str,
+    folder: Path,
     args: tuple[Any, ...],
     results: Any,
     received: Any,
 ) -> None:
+    faulthandler.register(signal.SIGUSR1, file=(folder / f"stack{rank}").open("w"))
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world)
     )
     try:
         dist.init_process_group(
-            "gloo", init_method=f"file://{store}", rank=rank, world_size=world, timeout=timedelta(seconds=60)
+            "gloo",
+            init_method=f"file://{folder / 'store'}",
+            rank=rank,
+            world_size=world,
+            timeout=timedelta(seconds=60),
         )
         results.put((rank, True, fn(rank, world, *args)))
         # Tensors travel as file descriptors, which this process must hand over while it lives.
@@ -58,18 +68,31 @@ def _rank_main(
         os._exit(1)
 
 
+def _stacks(ranks: Sequence[Any], ended: Container[int], folder: Path) -> str:
+    """Where the ranks are that have not ``ended``: one of them may be the one that the others waited for."""
+    running = [
+        (rank, process.pid, folder / f"stack{rank}")
+        for rank, process in enumerate(ranks)
+        if rank not in ended and process.is_alive() and (folder / f"stack{rank}").exists()
+    ]
+    for _, process_id, _ in running:
+        os.kill(process_id, signal.SIGUSR1)
+    time.sleep(0.5)
+    return "".join(f"\nrank {rank} is at\n{stack.read_text()}" for rank, _, stack in running)
+
+
 def run_distributed(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 120) -> list[Any]:
     """Call ``fn(rank, world, *args)`` on ``world`` gloo ranks; return the results in rank order.
 
-    ``fn`` must be a module-level function and results must pickle; it may end the group. The
-    first failing rank's traceback is raised as AssertionError; ranks still alive after ``timeout`` seconds
-    are killed.
+    ``fn`` must be a module-level function and results must pickle; it may end the group. The first failing
+    rank's traceback is raised as AssertionError, and so is a silence of ``timeout`` seconds, with where the
+    ranks are that still run; those are killed.
     """
-    with tempfile.TemporaryDirectory() as folder:
+    with tempfile.TemporaryDirectory() as name:
+        folder = Path(name)
         results, received = context.Queue(), context.Event()
-        store = os.path.join(folder, "store")
         ranks = [
-            context.Process(target=_rank_main, args=(fn, rank, world, store, args, results, received))
+            context.Process(target=_rank_main, args=(fn, rank, world, folder, args, results, received))
             for rank in range(world)
         ]
         for process in ranks:
@@ -77,8 +100,14 @@ def run_distributed(fn: Callable[..., Any], world: int, *args: Any, timeout: flo
         returned: dict[int, Any] = {}
         try:
             while len(returned) < world:
-                rank, fine, value = results.get(timeout=timeout)
-                assert fine, f"rank {rank} of {world} failed:\n{value}"
+                try:
+                    rank, fine, value = results.get(timeout=timeout)
+                except queue.Empty:
+                    silence = f"{world - len(returned)} of {world} ranks gave no result within {timeout} s"
+                    raise AssertionError(silence + _stacks(ranks, returned, folder)) from None
+                if not fine:
+                    others = _stacks(ranks, {rank, *returned}, folder)
+                    raise AssertionError(f"rank {rank} of {world} failed:\n{value}{others}")
                 returned[rank] = value
             received.set()
             for process in ranks:
