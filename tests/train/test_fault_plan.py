@@ -94,7 +94,8 @@ def test_a_slow_rank_is_named_with_how_often_and_by_how_much(unbroken: Path) -> 
     for event in late[:2]:
         assert event["late"] >= 2
         assert event["steps"] == 4
-        assert 0.2 < event["seconds"] < 3
+        # Two of the four were delayed by 0.3 s; on a busy machine the other two may count as late by little.
+        assert 0.1 < event["seconds"] < 3
 
 
 def test_a_killed_rank_under_torchrun_goes_on_from_the_latest_checkpoint(
