@@ -61,16 +61,36 @@ bool Link::post(const RequestPointer& request) {
   return outcome == Outcome::kBusy || ready();
 }
 
+std::unique_lock<std::mutex> Link::enter() {
+  std::unique_lock lock(ring_, std::try_to_lock);
+  if (!lock.owns_lock()) {
+    turned_away_.store(true, std::memory_order_release);
+    // Pairs with the fence in ready(): either that thread sees the word, or this one finds it gone.
+    std::atomic_thread_fence(std::memory_order_seq_cst);
+    if (!lock.try_lock()) return lock;
+  }
+  // The look that follows is that of those who were turned away before, too.
+  if (turned_away_.load(std::memory_order_relaxed)) turned_away_.exchange(false, std::memory_order_acquire);
+  return lock;
+}
+
 Outcome Link::advance(uint64_t limit, uint32_t callers) {
   // If another thread is at work here it looks again, or wakes the worker when it leaves.
-  const std::unique_lock lock(ring_, std::try_to_lock);
+  const std::unique_lock lock = enter();
   if (!lock.owns_lock()) return Outcome::kBusy;
   return step(limit, callers) ? Outcome::kMoved : Outcome::kNothing;
 }
 
 bool Link::ready() {
-  const std::unique_lock lock(ring_, std::try_to_lock);
-  return lock.owns_lock() && can_move();
+  bool can = false;
+  {
+    const std::unique_lock lock = enter();
+    if (!lock.owns_lock()) return false;
+    can = can_move();
+  }
+  // This may have been the last look of all: the worker, woken for what came during it, was turned away and sleeps.
+  std::atomic_thread_fence(std::memory_order_seq_cst);
+  return can || turned_away_.load(std::memory_order_relaxed);
 }
 
 void Link::abort(const Operation& operation) {

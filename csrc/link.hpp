@@ -76,8 +76,9 @@ class Link {
   Outcome advance(uint64_t limit, uint32_t callers);
   // Drop the operation's requests. On return no thread touches their memory.
   void abort(const Operation& operation);
-  // Whether something can move now; if not, the bell will ring once it can. False too if another thread
-  // is at work here, which then looks itself. For a thread that turns away from the link.
+  // Whether something can move now, or may, because a thread that came meanwhile found this one at work; if not, the
+  // bell will ring once it can. False too if another thread is at work here, which then looks itself, or says so
+  // here. For a thread that turns away from the link.
   bool ready();
 
   uint64_t first_turn();
@@ -102,7 +103,11 @@ class Link {
   Bell& peer_bell_;
 
  private:
+  // Owns nothing if another thread is at work here.
+  std::unique_lock<std::mutex> enter();
+
   std::mutex queue_;
+  std::atomic<bool> turned_away_{false};  // a thread was, since the last look began
   std::deque<RequestPointer> requests_;
   std::string broken_;
 };

@@ -174,6 +174,78 @@ void stress_stop(uint64_t rounds) {
   std::printf("stop: %lu rounds\n", static_cast<unsigned long>(rounds));
 }
 
+void pause() { std::this_thread::sleep_for(std::chrono::milliseconds(1)); }
+
+// A link on which messages arrive when the test says so, and whose looks the test can hold up.
+class SlowLink : public Link {
+ public:
+  SlowLink(Bell& bell, Bell& peer_bell) : Link(1, bell, peer_bell) {}
+  std::atomic<bool> arrived{false}, hold_last_look{false}, held{false};
+
+ protected:
+  bool step(uint64_t, uint32_t callers) override {
+    const RequestPointer request = first();
+    if (!arrived || !request) return false;
+    finish(request, callers);
+    return true;
+  }
+  bool can_move() override {
+    const bool can = arrived && first();
+    hold_up(hold_last_look);
+    return can;
+  }
+
+ private:
+  void hold_up(const std::atomic<bool>& wish) {
+    if (wish) held = true;
+    while (wish) pause();
+  }
+};
+
+struct SlowCourier {
+  Segment own = Segment::create(0, 2, 4096), peer = Segment::create(1, 2, 4096);
+  Bell& bell = own->receive_bell;
+  Courier courier{bell, "slow", "no data"};
+  SlowLink* link;
+  std::byte landing{};
+
+  SlowCourier() {
+    auto made = std::make_unique<SlowLink>(bell, peer->send_bell);
+    link = made.get();
+    courier.add(std::move(made));
+  }
+  RequestPointer post(uint64_t epoch) {
+    const auto request = std::make_shared<Request>(std::make_shared<const Operation>(epoch, "slow"), 0, 0, 0,
+                                                   reinterpret_cast<uintptr_t>(&landing), 1);
+    request->link = link;
+    courier.post(request);
+    return request;
+  }
+  void until_the_worker_sleeps() const {
+    while (bell.worker_asleep.load() == 0) pause();
+    std::this_thread::sleep_for(std::chrono::milliseconds(20));
+  }
+};
+
+// Something arrives while a thread looks at the link for the last time: the worker, woken, finds that thread at work.
+void stress_last_look() {
+  SlowCourier slow;
+  const RequestPointer first = slow.post(0);
+  slow.until_the_worker_sleeps();
+  slow.link->hold_last_look = true;
+  RequestPointer second;
+  std::thread posting([&] { second = slow.post(1); });
+  while (!slow.link->held) pause();
+  slow.link->arrived = true;
+  slow.bell.ring();
+  slow.until_the_worker_sleeps();
+  slow.link->hold_last_look = false;
+  posting.join();
+  for (int look = 0; look < 1000 && second->pending(); ++look) pause();
+  require(!first->pending() && !second->pending(), "what arrived during a last look was left lying");
+  std::printf("last look: moved\n");
+}
+
 }  // namespace
 
 int main(int count, char** values) {
@@ -183,5 +255,6 @@ int main(int count, char** values) {
   stress_transport(seed, 3, 65536, 150);
   stress_transport(seed, 4, 8192, 100);
   stress_stop(2000);
+  stress_last_look();
   return 0;
 }
