@@ -125,8 +125,11 @@ std::string Courier::wait_as_caller(const RequestPointer& request, int64_t timeo
     if (time >= next_probe) {
       next_probe = time + kProbe;
       if (const std::string end = probe(); !end.empty()) {
-        // What the peer wrote before its end counts, and only a look that began after it is the last.
-        while (request->pending() && move_one(request->link, 1)) {
+        // What the peer wrote before its end counts, and only a look that began after it is the last. Another
+        // thread at work here may be taking it in.
+        for (Outcome look = Outcome::kMoved; request->pending() && look != Outcome::kNothing;) {
+          look = request->link->advance(UINT64_MAX, 1);
+          if (look == Outcome::kBusy) std::this_thread::yield();
         }
         return request->pending() ? end : request->failure;
       }

@@ -6,6 +6,7 @@
 #include <cstdlib>
 #include <memory>
 #include <random>
+#include <string>
 #include <thread>
 #include <vector>
 
@@ -180,12 +181,13 @@ void pause() { std::this_thread::sleep_for(std::chrono::milliseconds(1)); }
 class SlowLink : public Link {
  public:
   SlowLink(Bell& bell, Bell& peer_bell) : Link(1, bell, peer_bell) {}
-  std::atomic<bool> arrived{false}, hold_last_look{false}, held{false};
+  std::atomic<bool> arrived{false}, hold_last_look{false}, hold_step{false}, held{false};
 
  protected:
   bool step(uint64_t, uint32_t callers) override {
     const RequestPointer request = first();
     if (!arrived || !request) return false;
+    hold_up(hold_step);
     finish(request, callers);
     return true;
   }
@@ -246,6 +248,24 @@ void stress_last_look() {
   std::printf("last look: moved\n");
 }
 
+// A peer writes a message and ends while another thread is still taking it in.
+void stress_last_words() {
+  SlowCourier slow;
+  const RequestPointer request = slow.post(0);
+  slow.until_the_worker_sleeps();
+  slow.link->hold_step = slow.link->arrived = true;
+  slow.bell.ring();
+  while (!slow.link->held) pause();
+  std::thread going_on([&] {
+    std::this_thread::sleep_for(std::chrono::milliseconds(250));
+    slow.link->hold_step = false;
+  });
+  const std::string problem = slow.courier.wait(request, 60'000'000'000, [] { return "the peer has died"; });
+  going_on.join();
+  require(problem.empty(), "a message of a peer that has ended was there, and not taken");
+  std::printf("last words: taken\n");
+}
+
 }  // namespace
 
 int main(int count, char** values) {
@@ -256,5 +276,6 @@ int main(int count, char** values) {
   stress_transport(seed, 4, 8192, 100);
   stress_stop(2000);
   stress_last_look();
+  stress_last_words();
   return 0;
 }
