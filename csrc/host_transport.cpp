@@ -98,8 +98,11 @@ std::string HostTransport::gone(uint32_t peer) const {
 }
 
 void HostTransport::abort(const Operation& operation) {
-  // After shutdown, and in a forked child, no thread touches any tensor.
-  if (closed_ || forked()) return;
+  // In a forked child, and when join() has come to its end, no thread touches any tensor. Until then one may, closed
+  // or not.
+  if (forked()) return;
+  const std::shared_lock lock(waiting_);
+  if (!own_) return;
   sending_->abort(operation);
   receiving_->abort(operation);
 }

@@ -68,7 +68,7 @@ class HostTransport {
   std::unique_ptr<Courier> sending_, receiving_;
   uint64_t epochs_ = 0;
   double worker_time_ = 0;  // once closed
-  std::shared_mutex waiting_;  // shared by callers inside wait: the memory stays mapped for them
+  std::shared_mutex waiting_;  // shared by callers inside wait and abort: the memory stays mapped for them
   std::atomic<bool> closed_{false};
 };
 

@@ -5,6 +5,7 @@
 #include <cstdio>
 #include <cstdlib>
 #include <memory>
+#include <mutex>
 #include <random>
 #include <string>
 #include <thread>
@@ -266,6 +267,43 @@ void stress_last_words() {
   std::printf("last words: taken\n");
 }
 
+// An operation is given up in one thread while another shuts the transport down: its memory is then the caller's.
+void stress_abort_at_the_end(uint64_t rounds) {
+  for (uint64_t round = 0; round < rounds; ++round) {
+    std::vector<std::byte> incoming(8 << 20), outgoing(8 << 20);
+    auto ranks = connect(2, 1 << 20);
+    const auto theirs = ranks[1]->open("end");
+    ranks[1]->send(theirs, 0, 0, 1, 1, reinterpret_cast<uintptr_t>(outgoing.data()), outgoing.size());
+    std::mutex lock;  // as the interpreter's
+    std::atomic<bool> posted{false};
+    std::thread operation([&] {
+      std::unique_lock locked(lock);
+      const auto own = ranks[0]->open("end");
+      ranks[0]->receive(own, 0, 1, 1, 1, reinterpret_cast<uintptr_t>(incoming.data()), incoming.size());
+      const auto sent = ranks[0]->send(own, 0, 1, 0, 0, reinterpret_cast<uintptr_t>(outgoing.data()), outgoing.size());
+      posted = true;
+      locked.unlock();
+      try {
+        ranks[0]->wait(sent, 60, [] {});  // nobody receives it
+        require(false, "a message arrived nowhere");
+      } catch (const std::runtime_error&) {
+      }
+      locked.lock();
+      ranks[0]->abort(*own);
+      incoming.assign(incoming.size(), std::byte{1});
+    });
+    while (!posted) std::this_thread::yield();
+    std::this_thread::sleep_for(std::chrono::milliseconds(1));
+    {
+      const std::lock_guard locked(lock);
+      ranks[0]->close();
+    }
+    ranks[0]->join();
+    operation.join();
+  }
+  std::printf("abort at the end: %lu rounds\n", static_cast<unsigned long>(rounds));
+}
+
 }  // namespace
 
 int main(int count, char** values) {
@@ -277,5 +315,6 @@ int main(int count, char** values) {
   stress_stop(2000);
   stress_last_look();
   stress_last_words();
+  stress_abort_at_the_end(5);
   return 0;
 }
