@@ -128,6 +128,8 @@ void HostTransport::join() {
     // Their destructors would look at bells that are not mapped here.
     static_cast<void>(sending_.release());
     static_cast<void>(receiving_.release());
+    for (Segment& peer : peers_) peer.disown();
+    own_.disown();
     return;
   }
   own_->closed.store(1, std::memory_order_release);

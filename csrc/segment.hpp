@@ -50,6 +50,8 @@ class Segment {
   // The peers have mapped it: the descriptor is no longer needed.
   void close_descriptor();
   void unmap();
+  // In a forked child nothing is mapped there, but perhaps by somebody else by now: let go of it.
+  void disown() { header_ = nullptr; }
 
  private:
   void map(size_t bytes);
