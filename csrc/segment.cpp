@@ -112,7 +112,8 @@ void Segment::unmap() {
 uint64_t process_start_time(int pid) {
   const std::string path = "/proc/" + std::to_string(pid) + "/stat";
   const int descriptor = ::open(path.c_str(), O_RDONLY | O_CLOEXEC);
-  if (descriptor < 0) return 0;
+  if (descriptor < 0 && errno == ENOENT) return 0;
+  if (descriptor < 0) throw system_failure("cannot open " + path);
   char text[1024];
   const ssize_t length = ::read(descriptor, text, sizeof text - 1);
   ::close(descriptor);

@@ -62,7 +62,8 @@ class Segment {
 };
 
 // Start time of a living process, in clock ticks since boot; 0 if it is gone or a zombie. A pid alone
-// does not name a process: the kernel gives it to another one later.
+// does not name a process: the kernel gives it to another one later. Throws std::runtime_error if it cannot be
+// told, as where this process has too many files open.
 uint64_t process_start_time(int pid);
 
 }  // namespace flashtrain

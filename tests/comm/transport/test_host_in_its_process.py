@@ -3,10 +3,16 @@
 import ctypes
 import mmap
 import os
+import resource
+import time
 from pathlib import Path
 
+import torch.distributed as dist
 
+from flashtrain.comm.schedule import all_gather
 from flashtrain.comm.transport.host import HostTransport
+from tests.comm.transport.driving import connect, drive
+from tests.distributed import run_distributed
 
 
 def _ranges(name: str) -> list[range]:
@@ -32,3 +38,21 @@ def test_a_forked_child_keeps_what_it_has_where_the_parent_has_a_transport() -> 
         os._exit(0 if inside else 1)
     assert os.waitpid(child, 0)[1] == 0
     transport.shutdown()
+
+
+def _has_no_file_left(rank: int, world: int) -> None:
+    transport = connect(rank, world)
+    schedule = all_gather((4, 4), rank)
+    limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+    if rank == 0:
+        resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+    else:
+        time.sleep(0.3)  # longer than the waiting rank goes without a look whether this one lives
+    drive(transport, schedule)
+    resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+    dist.barrier()
+    transport.shutdown()
+
+
+def test_a_rank_that_can_open_no_file_takes_no_peer_for_dead() -> None:
+    run_distributed(_has_no_file_left, 2)
