@@ -22,6 +22,22 @@ std::string lasting(int64_t nanoseconds) {
 
 timespec at(int64_t time) { return {time / 1'000'000'000, time % 1'000'000'000}; }
 
+// Blocks all signals in this thread, and in those that it starts, for as long as it lives.
+class NoSignals {
+ public:
+  NoSignals() {
+    sigset_t all;
+    sigfillset(&all);
+    pthread_sigmask(SIG_SETMASK, &all, &before_);
+  }
+  ~NoSignals() { pthread_sigmask(SIG_SETMASK, &before_, nullptr); }
+  NoSignals(const NoSignals&) = delete;
+  NoSignals& operator=(const NoSignals&) = delete;
+
+ private:
+  sigset_t before_;
+};
+
 }  // namespace
 
 Link* Courier::link(uint32_t peer) const {
@@ -36,12 +52,9 @@ void Courier::post(const RequestPointer& request) {
   request->turn = turns_++;
   const bool look = request->link->post(request);
   if (!worker_.joinable() && (look || request->pending())) {
-    // Signals belong to the interpreter's threads: the worker inherits a mask that blocks them.
-    sigset_t all, before;
-    sigfillset(&all);
-    pthread_sigmask(SIG_SETMASK, &all, &before);
+    // Signals belong to the interpreter's threads. Where no thread can be had this throws.
+    const NoSignals blocked;
     worker_ = std::thread(&Courier::work, this);
-    pthread_sigmask(SIG_SETMASK, &before, nullptr);
     pthread_setname_np(worker_.native_handle(), name_.c_str());
   }
   if (look) bell_.ring();

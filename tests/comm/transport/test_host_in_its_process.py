@@ -4,14 +4,18 @@ import ctypes
 import mmap
 import os
 import resource
+import signal
 import time
 from pathlib import Path
 
+import pytest
+import torch
 import torch.distributed as dist
 
 from flashtrain.comm.schedule import all_gather
 from flashtrain.comm.transport.host import HostTransport
-from tests.comm.transport.driving import connect, drive
+from flashtrain.errors import TransportError
+from tests.comm.transport.driving import connect, drive, message
 from tests.distributed import run_distributed
 
 
@@ -56,3 +60,27 @@ def _has_no_file_left(rank: int, world: int) -> None:
 
 def test_a_rank_that_can_open_no_file_takes_no_peer_for_dead() -> None:
     run_distributed(_has_no_file_left, 2)
+
+
+def _has_no_thread_left(rank: int, world: int) -> None:
+    transport = connect(rank, world)
+    expect = message(1 - rank, rank)[1]
+    exchange = transport.open(all_gather((4, 4), rank), "no thread")
+    library, usual, vast = ctypes.CDLL(None), ctypes.create_string_buffer(128), ctypes.create_string_buffer(128)
+    library.pthread_getattr_default_np(usual)
+    library.pthread_getattr_default_np(vast)
+    library.pthread_attr_setstacksize(vast, ctypes.c_size_t(1 << 47))  # as much memory as there are addresses
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert library.pthread_setattr_default_np(vast) == 0
+    try:
+        with pytest.raises(TransportError, match="Resource temporarily unavailable"), exchange:
+            exchange.transfer(0, {}, {expect: torch.zeros(4)})
+    finally:
+        library.pthread_setattr_default_np(usual)
+    assert signal.pthread_sigmask(signal.SIG_BLOCK, []) == before
+    dist.barrier()
+    transport.shutdown()
+
+
+def test_where_no_thread_can_be_had_signals_still_come() -> None:
+    run_distributed(_has_no_thread_left, 2)
