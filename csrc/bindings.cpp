@@ -17,6 +17,7 @@ PYBIND11_MODULE(_core, module) {
   bind_copy_engine(module);
   module.def("process_start_time", &process_start_time, py::arg("pid"));
 
+  py::register_exception<TransportFailure>(module, "TransportFailure", PyExc_RuntimeError);
   py::class_<Operation, std::shared_ptr<Operation>>(module, "Operation");
   py::class_<Request, RequestPointer>(module, "Request").def_property_readonly("pending", &Request::pending);
 

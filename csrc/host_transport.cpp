@@ -81,7 +81,7 @@ double HostTransport::wait(const RequestPointer& request, double timeout, const 
   for (uint32_t other = 0; other < world_; ++other) {
     if (other != rank_ && other != peer && died(other)) problem += "; rank " + std::to_string(other) + " has died";
   }
-  throw std::runtime_error(problem);
+  throw TransportFailure(problem);
 }
 
 bool HostTransport::died(uint32_t peer) const {
@@ -114,8 +114,8 @@ void HostTransport::abort(const Operation& operation) {
 bool HostTransport::forked() const { return getpid() != process_; }
 
 void HostTransport::check_usable() const {
-  if (closed_) throw std::runtime_error("the transport was shut down");
-  if (forked()) throw std::runtime_error("a transport cannot be used in a forked child process");
+  if (closed_) throw TransportFailure("the transport was shut down");
+  if (forked()) throw TransportFailure("a transport cannot be used in a forked child process");
 }
 
 bool HostTransport::close() {

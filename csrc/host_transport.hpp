@@ -6,6 +6,7 @@
 #include <functional>
 #include <memory>
 #include <shared_mutex>
+#include <stdexcept>
 #include <string>
 #include <vector>
 
@@ -14,6 +15,11 @@
 #include "segment.hpp"
 
 namespace flashtrain {
+
+// What a transport says itself, unlike an exception of whoever is called while it waits.
+struct TransportFailure : std::runtime_error {
+  using std::runtime_error::runtime_error;
+};
 
 // Messages of one pair of ranks arrive in the order in which they were posted, and each is checked
 // against the receive that was posted in the same place. Not for use in a forked child: it has neither
@@ -42,7 +48,7 @@ class HostTransport {
                       uint32_t slot, uintptr_t data, uint64_t bytes);
   RequestPointer receive(std::shared_ptr<const Operation> operation, uint32_t step, uint32_t peer, uint32_t chunk,
                          uint32_t slot, uintptr_t data, uint64_t bytes);
-  // Seconds on CLOCK_MONOTONIC when the message had moved. Throws std::runtime_error that says what
+  // Seconds on CLOCK_MONOTONIC when the message had moved. Throws TransportFailure that says what
   // happened. `breathe` is called every 0.1 s and may throw to break the wait off.
   double wait(const RequestPointer& request, double timeout, const std::function<void()>& breathe);
   void abort(const Operation& operation);

@@ -229,7 +229,7 @@ class HostExchange(Exchange):
     def _finish(self, step: int, chunk: int, peer: int, request: Any) -> float:
         try:
             landed: float = self._core.wait(request, self.transport.timeout)
-        except RuntimeError as error:
+        except _core.TransportFailure as error:  # handlers of signals run meanwhile and may raise anything
             raise TransportError(f"{self.describe(step, chunk, peer)}: {error}") from None
         return landed
 

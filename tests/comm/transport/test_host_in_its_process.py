@@ -84,3 +84,31 @@ def _has_no_thread_left(rank: int, world: int) -> None:
 
 def test_where_no_thread_can_be_had_signals_still_come() -> None:
     run_distributed(_has_no_thread_left, 2)
+
+
+class _Interruption(RuntimeError):
+    pass
+
+
+def _is_interrupted(rank: int, world: int) -> None:
+    transport = connect(rank, world)
+    expect = message(1, 0)[1]
+    if rank == 0:
+
+        def handle(*_: object) -> None:
+            raise _Interruption("a worker of the data loader has died")
+
+        signal.signal(signal.SIGALRM, handle)
+        signal.setitimer(signal.ITIMER_REAL, 0.2)
+        with (
+            pytest.raises(_Interruption, match="^a worker of the data loader has died$"),
+            transport.open(all_gather((4, 4), rank), "interrupted") as exchange,
+        ):
+            exchange.transfer(0, {}, {expect: torch.zeros(4)})
+            exchange.wait(1, expect)
+    dist.barrier()
+    transport.shutdown()
+
+
+def test_what_a_signal_handler_raises_is_no_failure_of_a_peer() -> None:
+    run_distributed(_is_interrupted, 2)
