@@ -37,7 +37,7 @@ void CopyEngine::meet(const std::string& site) {
     if (peer != rank_) messages.push_back({peer, 0, 0, peer, 0, 0});
   }
   const auto program = std::make_shared<const Program>("start of a replay", 1, messages, messages);
-  const auto flight = watchdog_.enroll(0, site, program, FlagTable::kMeeting);
+  const auto flight = watchdog_->enroll(0, site, program, FlagTable::kMeeting);
   std::vector<WordOperation> words = {{kWriteWord, host_.under_way(rank_), flight->ticket, kWriteAfterEarlierWrites}};
   for (const Message& to : program->sends) {
     words.push_back({kWriteWord, host_.flag(to.peer, rank_, FlagTable::kMeeting), flight->up, kWriteAfterEarlierWrites});

@@ -5,6 +5,8 @@
 #include <stdexcept>
 #include <utility>
 
+#include <unistd.h>
+
 namespace flashtrain {
 namespace {
 
@@ -24,7 +26,8 @@ CopyEngine::CopyEngine(const std::string& library, uint32_t rank, double timeout
       tables_(handle(host_tables)),
       host_(map(host_tables, static_cast<uint32_t>(device_tables.size())), static_cast<uint32_t>(device_tables.size())),
       device_(device_tables),
-      watchdog_(rank, FlagTable(host_tables, device_.world()), timeout),
+      process_(getpid()),
+      watchdog_(std::make_unique<Watchdog>(rank, FlagTable(host_tables, device_.world()), timeout)),
       epoch_(epoch) {
   int device = 0, can_flush = 0, least = 0, greatest = 0;
   driver_.check(driver_.context_get_current(&context_), "cuCtxGetCurrent");
@@ -48,7 +51,12 @@ uint64_t CopyEngine::map(uint64_t tables, uint32_t world) {
 }
 
 CopyEngine::~CopyEngine() {
-  watchdog_.stop();
+  if (getpid() != process_) {
+    // A forked child has neither that thread, which would be waited for, nor the driver.
+    static_cast<void>(watchdog_.release());
+    return;
+  }
+  watchdog_->stop();
   forget_products();
   // While the process ends the driver may be gone: there is nobody left to tell.
   driver_.stream_destroy(copies_);
@@ -112,13 +120,13 @@ uint32_t CopyEngine::open(std::shared_ptr<const Program> program, const std::str
   if (captured_) {
     if (!follows_) meet(site);
     const uint32_t number = epoch_ + 1;
-    const auto flight = watchdog_.enroll(number, site, std::move(program), shift(number));
+    const auto flight = watchdog_->enroll(number, site, std::move(program), shift(number));
     together(stream_, {{kWriteWord, host_.under_way(rank_), flight->ticket, kWriteAfterEarlierWrites}});
     driver_.check(driver_.event_record(begun_, stream_), "cuEventRecord");
     flight_ = flight;
   } else {
     driver_.check(driver_.event_record(begun_, stream_), "cuEventRecord");
-    flight_ = watchdog_.add(epoch_ + 1, site, std::move(program));
+    flight_ = watchdog_->add(epoch_ + 1, site, std::move(program));
   }
   epoch_ = flight_->epoch;
   place_ = captured_ ? epoch_ % 2 : next_place();
@@ -321,7 +329,7 @@ void CopyEngine::abort(const std::string& why) {
   driver_.event_record(copied_, copies_);
   driver_.stream_wait_event(stream_, copied_, 0);
   driver_.event_record(done_, stream_);
-  watchdog_.give_up(*flight_, why);
+  watchdog_->give_up(*flight_, why);
   flight_.reset();
 }
 

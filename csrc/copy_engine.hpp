@@ -127,7 +127,7 @@ class CopyEngine {
   void close();
   // The open operation will not be finished: from here on everything throws, on the peers too.
   void abort(const std::string& why);
-  void check() const { watchdog_.check(); }
+  void check() const { watchdog_->check(); }
 
   // Words of the host table for kernels: to signal payloads, one a send, and to learn, where it is not zero, that
   // a wait is in vain.
@@ -165,7 +165,8 @@ class CopyEngine {
   const bool captured_;
   void* const tables_;                   // as the processor sees them
   const FlagTable host_, device_;        // as the device sees them
-  Watchdog watchdog_;
+  const int process_;
+  std::unique_ptr<Watchdog> watchdog_;
   ContextHandle context_ = nullptr;
   unsigned wait_flags_ = kWaitUntilReached;
   StreamHandle copies_ = nullptr;

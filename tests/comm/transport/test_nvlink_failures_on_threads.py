@@ -1,5 +1,7 @@
 """What the nvlink transport says of peers that stop, of misuse and of memory, on GPUs made of threads."""
 
+import os
+import signal
 import time
 from contextlib import suppress
 from typing import Any
@@ -136,3 +138,23 @@ def test_misuse_raises() -> None:
             ranks.connect(rank, stream, driver="libthere-is-none.so")
 
     Ranks(2).run(main)
+
+
+def test_a_forked_child_lets_go_of_the_transport_and_ends() -> None:
+    transport = Ranks(1).connect(0, Stream())
+    time.sleep(0.05)  # the watchdog, which the child will not have, waits
+    child = os.fork()
+    if child == 0:
+        transport.shutdown()
+        os._exit(0)
+    limit = time.monotonic() + 5
+    ended = 0, 0
+    while not ended[0] and time.monotonic() < limit:
+        time.sleep(0.01)
+        ended = os.waitpid(child, os.WNOHANG)
+    if not ended[0]:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+    assert ended == (child, 0)
+    transport.check()
+    transport.shutdown()
