@@ -31,6 +31,8 @@ __all__ = [
 
 log = logging.getLogger("flashtrain.comm")
 
+# Seconds; what counts in nanoseconds has room for no more than ten times as many.
+LONGEST_TIMEOUT = 1e9
 # The most blocks of a kernel of NCCL, each on a multiprocessor, in groups that go over it.
 NCCL_BLOCKS = 16
 
@@ -74,8 +76,11 @@ class Settings:
         """Raises UserError for a setting out of its range."""
         if self.subchunks < 1:
             raise UserError(f"comm.subchunks is {self.subchunks}; it must be at least 1")
-        if self.timeout <= 0:
-            raise UserError(f"comm.timeout is {self.timeout}; it must be a number of seconds above 0")
+        if not 0 < self.timeout <= LONGEST_TIMEOUT:
+            raise UserError(
+                f"comm.timeout is {self.timeout}; it must be a number of seconds above 0, at most "
+                f"{LONGEST_TIMEOUT:.0e}"
+            )
         if self.spare_sms < 1:
             raise UserError(f"comm.spare_sms is {self.spare_sms}; it must be at least 1")
         if self.arena_bytes < 4 << 20:

@@ -164,6 +164,8 @@ def test_configure_shuts_the_old_transports_down_and_chooses_anew() -> None:
         (transport.Settings(subchunks=0), "comm.subchunks is 0"),
         (transport.Settings(timeout=0.0), "comm.timeout is 0.0"),
         (transport.Settings(timeout=-1.0), "comm.timeout is -1.0"),
+        (transport.Settings(timeout=float("inf")), "comm.timeout is inf"),
+        (transport.Settings(timeout=float("nan")), "comm.timeout is nan"),
     ],
 )
 def test_bad_settings_are_named_and_change_nothing(settings: transport.Settings, name: str) -> None:
