@@ -6,6 +6,7 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Literal
+from weakref import WeakKeyDictionary
 
 import torch
 import torch.distributed as dist
@@ -89,6 +90,7 @@ class Settings:
 
 _settings = Settings()
 _transports: dict[tuple[str, str, int], Transport] = {}
+_own_groups: WeakKeyDictionary[dist.ProcessGroup, dist.ProcessGroup] = WeakKeyDictionary()
 
 
 def configure(new: Settings) -> None:
@@ -175,10 +177,24 @@ def _choose(group: dist.ProcessGroup, device: torch.device, buffers: int = 2) ->
             raise UserError(f"comm.transport is {wanted}, but {why_not}; use comm.transport group")
         log.info("no shared-memory transport for this group: %s", why_not)
     if group.size() > 1 and backend == "nccl":
+        group = _over_nccl(group)
+    return GroupTransport(group, _settings.timeout, device.type)
+
+
+def _over_nccl(group: dist.ProcessGroup) -> dist.ProcessGroup:
+    """A group of the ranks of ``group`` for this engine alone; the same whenever it is asked for.
+
+    It is kept while ``group`` is: one more at each ``configure`` would hold its connections and device memory
+    until the end, and one that took the place of a destroyed one would get its name, and find what that left
+    in the store.
+    """
+    own = _own_groups.get(group)
+    if own is None:
         ranks, options = dist.get_process_group_ranks(group), dist.ProcessGroupNCCL.Options()
         options.config.max_ctas = NCCL_BLOCKS
-        group = dist.new_group(ranks, backend="nccl", pg_options=options, use_local_synchronization=True)
-    return GroupTransport(group, _settings.timeout, device.type)
+        own = dist.new_group(ranks, backend="nccl", pg_options=options, use_local_synchronization=True)
+        _own_groups[group] = own
+    return own
 
 
 def _gather_strings(group: dist.ProcessGroup) -> Callable[[str], list[str]]:

@@ -179,21 +179,31 @@ def test_bad_settings_are_named_and_change_nothing(settings: transport.Settings,
 
 def test_products_leave_room_for_kernels_of_nccl(monkeypatch: pytest.MonkeyPatch) -> None:
     """A group over NCCL gets few blocks, and products that were prepared before it are forgotten."""
-    given: dict[str, Any] = {}
+    given: list[dict[str, Any]] = []
 
     class Options:
         def __init__(self) -> None:
             self.config = SimpleNamespace(max_ctas=None)
 
+    class Group:
+        def __init__(self, world: int) -> None:
+            self.world = world
+
+        def rank(self) -> int:
+            return 0
+
+        def size(self) -> int:
+            return self.world
+
     def new_group(ranks: list[int], **options: Any) -> Any:
-        given.update(options)
-        return SimpleNamespace(rank=lambda: 0, size=lambda: len(ranks))
+        given.append(options)
+        return Group(len(ranks))
 
     monkeypatch.setattr(dist, "ProcessGroupNCCL", SimpleNamespace(Options=Options), raising=False)
     monkeypatch.setattr(dist, "new_group", new_group)
     monkeypatch.setattr(dist, "get_process_group_ranks", lambda group: [0, 1])
-    members = {"alone": [0], "another": [0, 1]}
-    monkeypatch.setattr(transport.groups, "resolve", lambda name: new_group(members[name]))
+    members = {"alone": Group(1), "another": Group(2)}
+    monkeypatch.setattr(transport.groups, "resolve", members.__getitem__)
     monkeypatch.setattr(transport.groups, "backend", lambda group, device: "nccl")
     transport.configure(transport.Settings(transport="group"))
     assert transport.spare_sms() == 1
@@ -204,10 +214,12 @@ def test_products_leave_room_for_kernels_of_nccl(monkeypatch: pytest.MonkeyPatch
     assert transport.spare_sms() == 1
     found = transport.of("another", torch.device("cuda"))
     assert found.asynchronous
-    assert given["pg_options"].config.max_ctas == transport.spare_sms() == transport.NCCL_BLOCKS
+    assert given[0]["pg_options"].config.max_ctas == transport.spare_sms() == transport.NCCL_BLOCKS
     assert not before.ways
-    transport.configure(transport.Settings(spare_sms=40))
+    transport.configure(transport.Settings(transport="group", spare_sms=40))
     assert transport.spare_sms() == 40
+    assert transport.of("another", torch.device("cuda")).group is found.group
+    assert len(given) == 1  # what NCCL holds is never given back
     transport.configure(transport.Settings())
     with pytest.raises(UserError, match=r"comm\.spare_sms is 0; it must be at least 1"):
         transport.Settings(spare_sms=0).validate()
