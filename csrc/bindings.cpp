@@ -3,6 +3,7 @@
 
 #include "copy_engine_bindings.hpp"
 #include "host_transport.hpp"
+#include "interpreter_lock.hpp"
 #include "kernel_bindings.hpp"
 #include "launcher.hpp"
 
@@ -41,10 +42,11 @@ PYBIND11_MODULE(_core, module) {
       .def("receive", &HostTransport::receive)
       .def("wait",
            [](HostTransport& transport, const RequestPointer& request, double timeout) {
-             const py::gil_scoped_release release;
-             return transport.wait(request, timeout, [] {
-               const py::gil_scoped_acquire acquire;
-               if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+             return without_interpreter_lock([&] {
+               return transport.wait(request, timeout, [] {
+                 const py::gil_scoped_acquire acquire;
+                 if (PyErr_CheckSignals() != 0) throw py::error_already_set();
+               });
              });
            })
       .def("abort", &HostTransport::abort)

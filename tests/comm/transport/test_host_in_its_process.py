@@ -5,6 +5,8 @@ import mmap
 import os
 import resource
 import signal
+import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -13,6 +15,7 @@ import torch
 import torch.distributed as dist
 
 from flashtrain.comm.schedule import all_gather
+from flashtrain.comm.transport import host
 from flashtrain.comm.transport.host import HostTransport
 from flashtrain.errors import TransportError
 from tests.comm.transport.driving import connect, drive, message
@@ -104,15 +107,43 @@ def _is_interrupted(rank: int, world: int) -> None:
 
         signal.signal(signal.SIGALRM, handle)
         signal.setitimer(signal.ITIMER_REAL, 0.2)
-        with (
-            pytest.raises(_Interruption, match="a worker of the data loader has died"),
-            transport.open(all_gather((4, 4), rank), "interrupted") as exchange,
-        ):
-            exchange.transfer(0, {}, {expect: torch.zeros(4)})
+        exchange = transport.open(all_gather((4, 4), rank), "interrupted")
+        exchange.transfer(0, {}, {expect: torch.zeros(4)})
+        with pytest.raises(_Interruption, match="a worker of the data loader has died"):
             exchange.wait(1, expect)
+        exchange._abort()
     dist.barrier()
     transport.shutdown()
 
 
 def test_what_a_signal_handler_raises_is_no_failure_of_a_peer() -> None:
     run_distributed(_is_interrupted, 2)
+
+
+def test_the_interpreter_ends_while_threads_wait() -> None:
+    """Threads on one processor that run when nothing else can: they leave their wait during the end."""
+    script = (
+        "import atexit, importlib.util, os, sys, threading, time\n"
+        "spec = importlib.util.spec_from_file_location('_core', sys.argv[1])\n"
+        "core = importlib.util.module_from_spec(spec)\n"
+        "spec.loader.exec_module(core)\n"
+        "first, second = (core.HostTransport(rank, 2, 4096) for rank in range(2))\n"
+        "first.connect(1, second.address); second.connect(0, first.address); first.start()\n"
+        "request = first.receive(first.open('end'), 0, 1, 0, 0, 0, 0)\n"
+        "os.sched_setaffinity(0, {min(os.sched_getaffinity(0))})\n"
+        "threading.excepthook = lambda _: None\n"
+        "def waits():\n"
+        "    os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))\n"
+        "    first.wait(request, 60)\n"
+        "class Late:\n"
+        "    def __del__(self, sleep=time.sleep): sleep(0.1)\n"
+        "late = Late()\n"
+        "[threading.Thread(target=waits, daemon=True).start() for _ in range(60)]\n"
+        "time.sleep(0.1)\n"
+        "atexit.register(first.shutdown)\n"
+        "sys.setswitchinterval(100)\n"
+    )
+    for _ in range(4):  # any may be the one in which a thread is late
+        command = [sys.executable, "-S", "-c", script, host._core.__file__]
+        done = subprocess.run(command, capture_output=True, text=True, timeout=60)
+        assert (done.returncode, done.stderr) == (0, "")
