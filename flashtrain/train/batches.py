@@ -21,6 +21,7 @@ class Batches:
         self._samples = source.samples(train.sequence, train.seed)
         held_out = source.held_out(train.sequence, train.evaluation_windows)
         self.unigram_entropy = held_out.unigram_entropy
+        self._windows_a_rank = len(held_out.inputs) / mesh[DATA].size()
         self._held_out = self._own_share(held_out)
 
     def of(self, step: int) -> list[Batch]:
@@ -35,22 +36,26 @@ class Batches:
 
     @torch.no_grad()
     def held_out_loss(self, model: nn.Module) -> float:
-        """Held-out loss in nats per token over the windows of all ranks."""
-        total, count = torch.zeros((), dtype=torch.float64, device=self._device), 0
-        for batch in self._held_out:
-            windows = batch[0].shape[1]
+        """Held-out loss in nats per token over the windows of all ranks, each counted once."""
+        total = torch.zeros((), dtype=torch.float64, device=self._device)
+        for windows, batch in self._held_out:
             total += model(*batch).double() * windows
-            count += windows
-        return float(mean_over_tokens(total / count, self._mesh))
+        return float(mean_over_tokens(total / self._windows_a_rank, self._mesh))
 
-    def _own_share(self, held_out: HeldOut) -> list[Batch]:
-        """This data rank's share of the held-out windows, in batches of the training step's size."""
-        ranks = self._mesh[DATA]
-        share = max(1, len(held_out.inputs) // ranks.size())
+    def _own_share(self, held_out: HeldOut) -> list[tuple[int, Batch]]:
+        """This data rank's share of the held-out windows, in batches of the training step's size.
+
+        As many on every rank, since ranks meet in each: one that has no window left runs another's, as none.
+        """
+        ranks, windows = self._mesh[DATA], len(held_out.inputs)
+        share = -(-windows // ranks.size())
         size = self._train.batch // (ranks.size() * self._train.accumulate)
-        first = ranks.get_local_rank() * share
-        mine = [part[first : first + share].split(size) for part in (held_out.inputs, held_out.targets)]
-        return [self._on_device(*batch) for batch in zip(*mine, strict=True)]
+        first, found = ranks.get_local_rank() * share, []
+        for begin in range(first, first + share, size):
+            count = max(0, min(begin + size, first + share, windows) - begin)
+            rows = slice(begin, begin + count) if count else slice(0, 1)
+            found.append((count, self._on_device(held_out.inputs[rows], held_out.targets[rows])))
+        return found
 
     def _on_device(self, tokens: Tensor, targets: Tensor) -> Batch:
         """``[B, S]`` as the sampler gives it -> this rank's segment ``[S, B]`` as the model takes it."""

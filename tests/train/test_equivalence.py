@@ -1,5 +1,6 @@
 """Runs on other meshes, transports and sub-chunk counts train the same model."""
 
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -95,6 +96,29 @@ def test_gradients_of_every_parameter_agree_with_one_rank(text: Path, tensor: in
         for name, expected in alone.items():
             error = (gradients[name] - expected).norm() / expected.norm()
             assert error < 1e-5, name
+
+
+def _held_out(rank: int, world: int, configs: list[Trainer.Config]) -> list[float]:
+    found = []
+    for config in configs:
+        transport.configure(config.comm)
+        trainer = Trainer(config, Path("unused"))
+        trainer._build(torch.device("cpu"))
+        found.append(trainer.batches.held_out_loss(trainer.model))
+    return found
+
+
+def test_every_held_out_window_counts_once_on_any_number_of_ranks(text: Path) -> None:
+    def of(data: int) -> list[float]:
+        given = _config(text, 1, data)
+        counts = [replace(given, train=replace(given.train, evaluation_windows=n)) for n in (1, 3, 5, 8)]
+        first, *others = run_distributed(_held_out, data, counts)
+        assert all(other == first for other in others)
+        return first
+
+    wanted = of(1)
+    assert of(2) == pytest.approx(wanted, rel=1e-6)
+    assert of(4) == pytest.approx(wanted, rel=1e-6)
 
 
 def test_bits_do_not_depend_on_transport_subchunks_or_run(text: Path) -> None:
