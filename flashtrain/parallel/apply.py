@@ -146,8 +146,9 @@ def _cut_in_segments(model: nn.Module, ranks: DeviceMesh) -> None:
 
 
 def _units(model: nn.Module) -> tuple[Sequence[nn.Module], Sequence[nn.Module]]:
-    """What is gathered as one, in the order of the forward pass, and what of it stays for the backward pass.
+    """What is gathered as one, and what of it stays for the backward pass.
 
+    Blocks are in the order of the forward pass, and what is apart inside of them before all of them.
     Embedding and head are apart, so that a step waits for one at its start and at its end, not for both.
     They stay: the head's backward pass is the next, and the embedding's needs none of it.
     """

@@ -116,7 +116,10 @@ def shard(
         unit.set_custom_all_gather(ScheduledAllGather(site, group, sharding.prefetch))
         unit.set_custom_reduce_scatter(ScheduledReduceScatter(site))
     if sharding.prefetch > 1:
-        _gather_ahead([unit for unit in units if isinstance(unit, FSDPModule)], sharding.prefetch)
+        # What is inside of another unit may not run in every step: it is gathered where it is called.
+        inner = {module for unit in units for module in unit.modules() if module is not unit}
+        blocks = [unit for unit in units if isinstance(unit, FSDPModule) and unit not in inner]
+        _gather_ahead(blocks, sharding.prefetch)
     return model
 
 

@@ -240,11 +240,12 @@ def _left_out(rank: int, world: int, settings: Trainer.Config, unused: str) -> l
     return failures
 
 
-@pytest.mark.parametrize(("sharing", "unused"), [(QK, "qk"), (KV, "kv")])
+@pytest.mark.parametrize(("sharing", "unused", "prefetch"), [(QK, "qk", 1), (KV, "kv", 2)])
 def test_unused_projections_are_neither_gathered_nor_decayed(
-    text: Path, sharing: Sharing, unused: str
+    text: Path, sharing: Sharing, unused: str, prefetch: int
 ) -> None:
-    assert run_distributed(_left_out, 2, shared(text, sharing, SOON, 1, 2), unused) == [[]] * 2
+    settings = replace(shared(text, sharing, SOON, 1, 2), fsdp=Sharding(prefetch=prefetch))
+    assert run_distributed(_left_out, 2, settings, unused) == [[]] * 2
 
 
 def _from_packed(rank: int, world: int, plain: Trainer.Config, other: Trainer.Config, out: str) -> list[str]:
