@@ -55,7 +55,7 @@ class _Plain:
 
 
 class _Run(NamedTuple):
-    """Slots whose weights have one dtype, and their blocks."""
+    """Slots whose weights have one dtype, all divided or none, and their blocks."""
 
     dtype: torch.dtype
     slots: slice
@@ -84,10 +84,12 @@ class _Kernels:
         blocks[:, 1] = torch.cat([torch.arange(count) for count in counts])
         self.blocks = blocks.to(self.device)
         self.first_others = sum(counts[:divided])
-        # One launch for each run of slots whose weights have one dtype: of a usual model, one in all.
+        # One launch for each run of slots whose weights have one dtype: of a usual model, one in all, or two,
+        # since gradients that were summed over the ranks that divide the others may be wider than those.
         self.runs: list[_Run] = []
         first = begin = 0
-        for dtype, run in groupby(zip(slots, counts, strict=True), key=lambda pair: pair[0].weight.dtype):
+        kinds = [(place < divided, slot.weight.dtype) for place, slot in enumerate(slots)]
+        for (_, dtype), run in groupby(zip(kinds, counts, strict=True), key=lambda pair: pair[0]):
             of_run = [count for _, count in run]
             last, end = first + len(of_run), begin + sum(of_run)
             self.runs.append(_Run(dtype, slice(first, last), slice(begin, end)))

@@ -111,6 +111,15 @@ def test_gradients_of_the_weights_dtype_are_those_in_fp32(
     assert all(torch.equal(one, other) for one, other in zip(*found, strict=True))
 
 
+def test_only_gradients_beside_wider_ones_are_copied() -> None:
+    """Those that were summed over ranks are fp32; those that ranks hold parts of are read as they are."""
+    one = op._Kernels(slots_of(NARROW), 3)
+    given = [g if g is None or at >= 3 else g.bfloat16() for at, g in enumerate(gradients_of(1))]
+    read, dtypes = one._uniform(given)
+    assert all(one is other for one, other in zip(read, given, strict=True))
+    assert dtypes == [torch.bfloat16, torch.float32]
+
+
 def test_tensors_that_do_not_lie_on_16_bytes() -> None:
     memory = [torch.randn(5001, generator=torch.Generator().manual_seed(n)) for n in range(3)]
     odd = [m.to(DEVICE)[1:] for m in memory]
