@@ -43,6 +43,9 @@ class _OverBranches(_OverTensorGroup):
 
     def _own_rows(self, partial: Tensor, x: Tensor) -> Tensor:
         """This rank's rows of the sum of all ranks' ``partial [S, B, n]``, shaped as ``x``, its shard."""
+        if torch.is_grad_enabled() and not partial.requires_grad:
+            # This rank may have nothing to train in what the other has: both exchange in every pass.
+            partial.requires_grad_()
         shard = collectives.reduce_scatter(partial.reshape(-1, partial.shape[-1]), self.group, self.site)
         return shard.view(*x.shape[:-1], shard.shape[-1])
 
