@@ -2,7 +2,7 @@
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import AbstractContextManager, ExitStack, contextmanager
-from functools import partial
+from functools import cache, partial
 from typing import Any, Literal
 
 import torch
@@ -75,7 +75,7 @@ def _contexts_of(unit: nn.Module, policy: Policy) -> Passes:
     """What gives, for each pass, the contexts to enter around it and around the same one run again."""
     found: list[Passes] = [module.passes for module in unit.modules() if hasattr(module, "passes")]  # type: ignore[misc]
     if policy != "full":
-        found.append(partial(create_selective_checkpoint_contexts, partial(_decide, _kept(policy))))
+        found.append(partial(_selective, _kept(policy)))
     if not found:
         return noop_context_fn
     return found[0] if len(found) == 1 else partial(_both, found)
@@ -94,11 +94,40 @@ def _all(contexts: Sequence[AbstractContextManager[Any]]) -> Iterator[None]:
         yield
 
 
+def _selective(kept: frozenset[str]) -> Contexts:
+    """Those that keep the results of the ops ``kept`` in the forward pass, and hand them out again.
+
+    torch's count every op and want none more the second time. But a unit of data parallelism inside of this
+    one is gathered in its forward pass, or was ahead of it, and the second time that may differ.
+    """
+    modes: Any = create_selective_checkpoint_contexts(partial(_decide, kept))
+    for mode in modes:
+        mode.__class__ = _that_sees(mode.__class__, kept)
+    first, again = modes
+    return first, again
+
+
+@cache
+def _that_sees(kind: Any, kept: frozenset[str]) -> type:
+    """The class ``kind`` of modes, for the ops ``kept`` alone; compilers ask it for all."""
+
+    class Selective(kind):
+        def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if torch.compiler.is_compiling() or _name(func) in kept:
+                return super().__torch_dispatch__(func, types, args, kwargs)
+            return func(*args, **(kwargs or {}))
+
+    return Selective
+
+
 def _kept(policy: Policy) -> frozenset[str]:
     """Names of the ops whose results are kept."""
     return frozenset(_PRODUCTS if policy == "attention" else _PRODUCTS + _MIXERS)
 
 
 def _decide(kept: frozenset[str], context: Any, op: Any, *arguments: Any, **named: Any) -> CheckpointPolicy:
-    keep = op.name().partition(".")[0] in kept
-    return CheckpointPolicy.MUST_SAVE if keep else CheckpointPolicy.PREFER_RECOMPUTE
+    return CheckpointPolicy.MUST_SAVE if _name(op) in kept else CheckpointPolicy.PREFER_RECOMPUTE
+
+
+def _name(op: Any) -> str:
+    return str(op.name()).partition(".")[0]

@@ -147,6 +147,8 @@ def _ranks(rank: int, world: int, text: Path) -> dict[str, Any]:
         variants["ahead"] = "full", Sharding(prefetch=2), None
     for policy in ("none", "pointwise", "full"):
         variants[f"shared {policy}"] = policy, Sharding(), Sharing()
+    if world > 2:
+        variants["shared ahead"] = "pointwise", Sharding(prefetch=3), Sharing()
     results: dict[str, Any] = {}
     for name, (policy, sharding, sharing) in variants.items():
         config = Trainer.Config(
@@ -167,6 +169,8 @@ def _ranks(rank: int, world: int, text: Path) -> dict[str, Any]:
         transport.configure(config.comm)
         trainer = Trainer(config, Path("unused"))
         trainer._build(torch.device("cpu"))
+        if sharing is not None:
+            trainer.model.share(1)  # of two that may, so that one gathers what the other does without
         steps = [trainer.step(step, 1e-3, trainer.batches.of(step)) for step in (1, 2)]
         sent = sum(mover.traffic.bytes_sent for mover in transport.in_use())
         results[name] = [(step.loss, step.grad_norm) for step in steps], sent
@@ -183,6 +187,8 @@ def test_bits_stay_under_tensor_and_data_parallelism(world: int, tmp_path: Path)
         shared = {name: results.pop(f"shared {name}") for name in ("none", "pointwise", "full")}
         assert shared["none"] == shared["pointwise"]
         assert shared["none"][0] == shared["full"][0]
+        if world > 2:
+            assert results.pop("shared ahead") == shared["none"]
         losses, sent = results.pop("none")
         for name, (other, _) in results.items():
             assert other == losses, name
