@@ -102,7 +102,9 @@ class ColumnParallelLinear(_OverTensorGroup, nn.Linear):
         y, _ = ops.all_gather_matmul(flat, weight, self.group, self.site, total, keep, keep, main)
         if bias is not None:
             y = y + bias
-        return y.view(x.shape[0] * self.world, *x.shape[1:-1], y.shape[-1]) if x.dim() > 2 else y
+        # As torch's own linear does it: no view, of which FSDP2 warns.
+        shape = [x.shape[0] * self.world, *x.shape[1:-1], y.shape[-1]]
+        return torch.ops.aten._unsafe_view(y, shape) if x.dim() > 2 else y
 
     def _operands(self) -> tuple[Tensor, Tensor | None, Any]:
         bias = None if self.bias is None else _local(self.bias)

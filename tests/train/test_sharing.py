@@ -1,6 +1,7 @@
 """Runs whose layers begin to share: switched off the plain run, resumed the unbroken one, on every mesh."""
 
 import shutil
+import warnings
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -208,7 +209,8 @@ def test_resuming_across_a_switch_gives_the_bits_of_the_unbroken_run(
 
 
 def _left_out(rank: int, world: int, settings: Trainer.Config, unused: str) -> list[str]:
-    """What happens to projections that no step uses: not gathered, not updated, not decayed."""
+    """What happens to projections that no step uses: not gathered, updated or decayed; and no warning."""
+    warnings.simplefilter("error", UserWarning)
     failures = []
     steps = Steps(settings)
     mover = transport.of(steps.trainer.mesh[DATA].get_group().group_name, torch.device("cpu"))
@@ -240,12 +242,12 @@ def _left_out(rank: int, world: int, settings: Trainer.Config, unused: str) -> l
     return failures
 
 
-@pytest.mark.parametrize(("sharing", "unused", "prefetch"), [(QK, "qk", 1), (KV, "kv", 2)])
+@pytest.mark.parametrize(("sharing", "unused", "tensor", "prefetch"), [(QK, "qk", 1, 1), (KV, "kv", 2, 2)])
 def test_unused_projections_are_neither_gathered_nor_decayed(
-    text: Path, sharing: Sharing, unused: str, prefetch: int
+    text: Path, sharing: Sharing, unused: str, tensor: int, prefetch: int
 ) -> None:
-    settings = replace(shared(text, sharing, SOON, 1, 2), fsdp=Sharding(prefetch=prefetch))
-    assert run_distributed(_left_out, 2, settings, unused) == [[]] * 2
+    settings = replace(shared(text, sharing, SOON, tensor, 2), fsdp=Sharding(prefetch=prefetch))
+    assert run_distributed(_left_out, 2 * tensor, settings, unused) == [[]] * 2 * tensor
 
 
 def _from_packed(rank: int, world: int, plain: Trainer.Config, other: Trainer.Config, out: str) -> list[str]:
