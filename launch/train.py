@@ -49,7 +49,9 @@ def add_parser(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Resolve and check the settings, then train: here, on the ranks of torchrun, or on new local ranks."""
     config = resolve(args)
-    if not on_these_ranks(config.parallel):
+    here = on_these_ranks(config.parallel)
+    config.check_room(int(os.environ.get("LOCAL_WORLD_SIZE", 1)) if here else config.parallel.world)
+    if not here:
         from flashtrain.launch import ranks
 
         return ranks.launch(config.parallel.world, _words(args))

@@ -1,6 +1,7 @@
 """From settings to a model on the mesh and the step that trains it."""
 
 import logging
+import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,21 @@ class Built:
     parameter_count: int
     flops_per_token: float
     peak: float | None
+
+
+def check_room(config: Decoder.Config, ranks: int) -> None:
+    """Raise UserError if the memory of this machine cannot hold the model ``config`` on ``ranks`` ranks."""
+    with torch.device("meta"):
+        count = Decoder(config).parameter_count()
+    # Each rank draws the whole model in fp32. On the CPU it then has gradients and moments of its part.
+    each = 4 * ranks if torch.cuda.is_available() else max(4 * ranks, 16)
+    there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    if count * each > there:
+        raise UserError(
+            f"a model of {count / 1e9:,.2f} G parameters takes {count * each / 2**30:,.0f} GiB of memory on "
+            f"{ranks} ranks of one machine, and this one has {there / 2**30:,.0f} GiB: make the model "
+            "smaller, or use more machines"
+        )
 
 
 def build_model(

@@ -48,6 +48,9 @@ class AdamW:
             for name in ("learning_rate", "clip_norm", "epsilon"):
                 if not getattr(self, name) > 0:
                     raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must be above 0")
+            for name in ("learning_rate", "epsilon", "final_share", "weight_decay"):
+                if getattr(self, name) == math.inf:
+                    raise UserError(f"optimizer.{name} is inf; it must be finite")
             for name in ("warmup", "final_share", "weight_decay", "beta1", "beta2"):
                 if not getattr(self, name) >= 0:
                     raise UserError(f"optimizer.{name} is {getattr(self, name)}; it must not be negative")

@@ -12,6 +12,7 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from flashtrain.comm import transport
+from flashtrain.errors import UserError
 from flashtrain.parallel.mesh import CONTEXT, DATA, TENSOR, token_ranks
 from flashtrain.train.rendezvous import agent_store
 
@@ -20,12 +21,19 @@ from flashtrain.train.rendezvous import agent_store
 def joined(timeout: float) -> Iterator[torch.device]:
     """Initialise the default process group; yields this rank's device.
 
-    Under torchrun the ranks it started are used, otherwise this process is the only rank.
+    Under torchrun the ranks it started are used, otherwise this process is the only rank. Raises UserError if
+    the machine has GPUs, and none for this rank.
     """
     launched = "RANK" in os.environ
     device = torch.device("cpu")
     if torch.cuda.is_available():
-        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", 0)))
+        local, gpus = int(os.environ.get("LOCAL_RANK", 0)), torch.cuda.device_count()
+        if local >= gpus:
+            raise UserError(
+                f"there is no GPU for local rank {local}, as this machine has {gpus}: start fewer ranks on "
+                "it (parallel.tensor, parallel.data)"
+            )
+        device = torch.device("cuda", local)
         torch.cuda.set_device(device)
     backend = "cpu:gloo,cuda:nccl" if device.type == "cuda" else "gloo"
     patience = timedelta(seconds=timeout)

@@ -41,6 +41,8 @@ class Training:
         for name in ("seed", "evaluate_every"):
             if getattr(self, name) < 0:
                 raise UserError(f"train.{name} is {getattr(self, name)}; it must not be negative")
+        if self.seed >= 2**64:
+            raise UserError(f"train.seed is {self.seed}; it must be below 2**64")
         if self.batch % (data_degree * self.accumulate):
             raise UserError(
                 f"train.batch is {self.batch}; parallel.data {data_degree} x train.accumulate "

@@ -35,7 +35,8 @@ from flashtrain.parallel.mesh import Degrees
 from flashtrain.train import attention, faults, ranks, snapshot
 from flashtrain.train import places as where
 from flashtrain.train.batches import Batches
-from flashtrain.train.build import build_model, build_step, start_from
+from flashtrain.train.build import build_model, build_step, check_room, start_from
+from flashtrain.train.claim import claimed, unwritable
 from flashtrain.train.faults import Fault
 from flashtrain.train.optimizer import AdamW
 from flashtrain.train.results import Reading, Results, named
@@ -127,6 +128,10 @@ class Trainer:
             source.samples(self.train.sequence, self.train.seed)
             source.held_out(self.train.sequence, 1)
 
+        def check_room(self, ranks: int) -> None:
+            """Raise UserError if this machine has no memory for ``ranks`` of the ranks."""
+            check_room(self.model, ranks)
+
     def __init__(self, config: Config, out: Path) -> None:
         self.config, self.out = replace(config, data=resolved(config.data)), Path(out)
 
@@ -135,7 +140,7 @@ class Trainer:
 
         Raises UserError for bad input and TransportError if a peer fails.
         """
-        with ranks.joined(self.config.comm.timeout) as device:
+        with ranks.joined(self.config.comm.timeout) as device, claimed(self.out):
             ranks.log_to_stderr()
             transport.configure(self.config.comm)
             places = where.survey(device)
@@ -147,11 +152,10 @@ class Trainer:
             self.reached = first_step
             waiting = self._callbacks(states)
             self.callbacks: list[Callback] = []  # those that were started, and are to be ended
-            unwritable = f"cannot write the records of the run in {self.out} (checkpoints are unchanged)"
-            with user_errors(unwritable):
+            with user_errors(unwritable(self.out)):
                 run = self._describe(first_step)
             try:
-                with user_errors(unwritable), StopRequest() as self.stop:
+                with user_errors(unwritable(self.out)), StopRequest() as self.stop:
                     for callback in waiting:
                         self.callbacks.append(callback)
                         callback.on_start(run)

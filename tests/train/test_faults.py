@@ -95,7 +95,8 @@ def test_a_rank_that_stops_is_named_by_the_others(text: Path, tmp_path: Path) ->
     for part in ("training step", "rank 0", "step", "chunk", "4.0 s"):
         assert part in message, message
     assert any(op in message for op in ("all_gather", "reduce_scatter"))
-    assert set(os.listdir("/dev/shm")) <= shared_before
+    made = set(os.listdir("/dev/shm")) - shared_before
+    assert not [name for name in made if not name.startswith("sem.mp-")], "these are other programs'"
     assert len(metrics(tmp_path)) >= 3
 
 
@@ -139,6 +140,21 @@ def test_a_folder_that_cannot_be_written_is_one_line(text: Path) -> None:
     (line,) = [line for line in done.stderr.splitlines() if line.startswith("flashtrain: error:")]
     assert "cannot write the records of the run in /sys/flashtrain" in line
     assert "choose another directory" in line or "choose a directory" in line
+
+
+def test_a_second_run_in_a_folder_is_refused_and_leaves_the_first_alone(
+    text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    from flashtrain.launch.main import main
+    from flashtrain.train import claim
+
+    monkeypatch.setattr(claim, "PATIENCE", 0.0)
+    with claim.claimed(tmp_path):
+        (tmp_path / "metrics.jsonl").write_text("of the first\n")
+        assert main(command(tmp_path, text, train__steps=2, parallel__tensor=1)[3:]) == 2
+        assert "another run goes on" in capfd.readouterr().err.splitlines()[-1]
+        assert sorted(file.name for file in tmp_path.iterdir()) == [claim.LOCK, "metrics.jsonl"]
+        assert (tmp_path / "metrics.jsonl").read_text() == "of the first\n"
 
 
 def test_the_tiny_settings_are_known() -> None:
