@@ -47,6 +47,10 @@ def run(args: argparse.Namespace) -> int:
     for name in ("nodes", "processes"):
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
+    if args.restarts < 0:
+        raise UserError(f"--restarts is {args.restarts}; it must not be negative")
+    if not 1 <= args.port <= 65535:
+        raise UserError(f"--port is {args.port}; it must be 1 to 65535")
     if args.settings and args.settings[0] != "--":
         raise UserError(f"unknown argument {args.settings[0]}; what is to be started comes after two dashes")
     words = _checked(args.settings[1:], args.nodes, args.processes)
@@ -112,6 +116,8 @@ def _batch_script(args: argparse.Namespace, words: Sequence[str]) -> str:
         "set -euo pipefail",
         'head=$(scontrol show hostnames "$SLURM_JOB_NODELIST" | sed -n 1p)',
         *(f"export {variable}" for variable in _environment(args)),
+        "# For saving: torchrun would kill the ranks 30 s after the signal.",
+        "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110",
         "exec srun --kill-on-bad-exit=1 "
         + " ".join(_torchrun(args, f'"{endpoint}"', '"$SLURM_JOB_ID"', words)),
     ]

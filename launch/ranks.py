@@ -22,6 +22,8 @@ if TYPE_CHECKING:
 
 log = logging.getLogger("flashtrain.launch")
 
+_LONGEST_SAVE = 600  # seconds
+
 
 def launch(world: int, argv: Sequence[str]) -> int:
     """Run ``flashtrain ARGV`` on ``world`` new local ranks; returns the exit code of the whole.
@@ -35,6 +37,8 @@ def launch(world: int, argv: Sequence[str]) -> int:
 
     _show_log()
     _share_cores(world)
+    # Asked to end, ranks save first; without this they would be killed 30 s later, in the midst of it.
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", str(_LONGEST_SAVE))
     # Its loggers warn about every signal that they pass on, and dump the failures that are reported below.
     elastic = logging.getLogger("torch.distributed.elastic")
     elastic.addHandler(logging.NullHandler())
@@ -50,6 +54,7 @@ def launch(world: int, argv: Sequence[str]) -> int:
             local_addr="127.0.0.1",
             max_restarts=0,
             logs_specs=DefaultLogsSpecs(log_dir=folder),
+            signals_to_handle=",".join(_signals()),
         )
         try:
             elastic_launch(config, sys.executable)("-m", "flashtrain.launch.ranks", *argv)
@@ -58,6 +63,12 @@ def launch(world: int, argv: Sequence[str]) -> int:
         except SignalException as error:
             return 128 + error.sigval
     return 0
+
+
+def _signals() -> list[str]:
+    """The signals that end a run; not the one that ``nohup`` has had ignored when the terminal goes."""
+    hung_up = signal.getsignal(signal.SIGHUP) is signal.SIG_IGN
+    return ["SIGTERM", "SIGINT", "SIGQUIT", *([] if hung_up else ["SIGHUP"])]
 
 
 def _show_log() -> None:
@@ -132,8 +143,7 @@ def _rank_main(argv: Sequence[str]) -> int:
     # Ctrl-C reaches every process of a terminal; the launcher alone answers it.
     signal.signal(signal.SIGINT, signal.SIG_DFL)
     try:
-        args = main.parse(argv)
-        return int(args.run(args))
+        return main.run(argv)
     except (UserError, TransportError) as error:
         from torch.distributed.elastic.multiprocessing.errors import get_error_handler
 

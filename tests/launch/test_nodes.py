@@ -71,6 +71,8 @@ def test_the_command_of_each_host_is_printed(capsys: pytest.CaptureFixture[str])
         ([*NODES, "--hed", "n1"], "unknown argument --hed"),
         ([*NODES[:-2], "--", "doctor", "--nodes"], "--head is missing"),
         (["nodes", "slurm", "--nodes", "0", "--processes", "2"], "--nodes is 0"),
+        ([*NODES, "--port", "99999", "--", "train", "demo"], "--port is 99999"),
+        ([*NODES, "--restarts", "-1", "--", "train", "demo"], "--restarts is -1"),
     ],
 )
 def test_what_cannot_start_is_one_line(
@@ -92,6 +94,7 @@ def test_the_batch_script_trains(tmp_path: Path, capsys: pytest.CaptureFixture[s
     script.write_text(capsys.readouterr().out)
     assert "#SBATCH --nodes=1\n" in script.read_text()
     assert "#SBATCH --gpus-per-node=2\n" in script.read_text()
+    assert "export TORCH_ELASTIC_SHUTDOWN_TIMEOUT=110\n" in script.read_text()
     for name, body in (("scontrol", "echo localhost; echo other"), ("srun", 'shift; exec "$@"')):
         stub = tmp_path / "bin" / name
         stub.parent.mkdir(exist_ok=True)

@@ -157,6 +157,25 @@ def test_threads_that_the_user_chose_are_kept_and_said(
     assert "2 ranks, OMP_NUM_THREADS=7 as the environment has it" in caplog.text
 
 
+@pytest.mark.parametrize("hung_up", [False, True])
+def test_nohup_is_heeded_and_a_save_gets_time(monkeypatch: pytest.MonkeyPatch, hung_up: bool) -> None:
+    from torch.distributed.launcher import api
+
+    found = []
+    monkeypatch.setattr(api, "elastic_launch", lambda config, _: lambda *_: found.append(config))
+    monkeypatch.delenv("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", raising=False)
+    monkeypatch.setenv("OMP_NUM_THREADS", "1")
+    before = signal.signal(signal.SIGHUP, signal.SIG_IGN if hung_up else signal.SIG_DFL)
+    try:
+        assert ranks.launch(2, ["train", "demo"]) == 0
+    finally:
+        signal.signal(signal.SIGHUP, before)
+    (config,) = found
+    assert ("SIGHUP" in config.signals_to_handle.split(",")) != hung_up
+    assert {"SIGTERM", "SIGINT"} <= set(config.signals_to_handle.split(","))
+    assert config.shutdown_timeout > 300
+
+
 class Launched:
     """A run of real processes: ``flashtrain train two`` with the stand-in trainer."""
 
