@@ -71,6 +71,7 @@ def run(args: argparse.Namespace) -> int:
         if getattr(args, name) < 1:
             raise UserError(f"--{name} is {getattr(args, name)}; it must be at least 1")
     config = train.resolve(args, data=False)
+    _out(args).mkdir(parents=True, exist_ok=True)  # what cannot be written is not measured first
     if args.against is not None:
         from flashtrain.launch import titan
 

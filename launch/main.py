@@ -1,11 +1,13 @@
 """The ``flashtrain`` command: finds the subcommand, runs it, and turns what went wrong into one line.
 
 Exit codes: 0 done; 2 bad input (UserError); 1 a rank or its peer failed (TransportError); 130 interrupted;
-143 ended by SIGTERM, with a checkpoint (Stopped).
+143 ended by SIGTERM, with a checkpoint (Stopped). Where whoever reads the output has gone, as ``| head``
+does, it ends with 1 and without a word.
 """
 
 import argparse
 import importlib
+import io
 import os
 import sys
 from collections.abc import Sequence
@@ -89,11 +91,28 @@ def report(error: BaseException | str) -> None:
     print("flashtrain: error:", " ".join(str(error).splitlines()), file=sys.stderr, flush=True)
 
 
+def run(argv: Sequence[str]) -> int:
+    """Run the command line ``argv``; returns its exit code. A file that the system refuses is a UserError."""
+    args = parse(argv)
+    try:
+        return int(args.run(args))
+    except BrokenPipeError:
+        raise
+    except OSError as error:
+        from flashtrain.checkpoint.files import NO_ROOM, explain  # takes torch along
+
+        if error.errno in NO_ROOM:
+            raise UserError(explain(error)) from error
+        if error.filename is None:
+            raise
+        what = f"{os.fsdecode(error.filename)}: {error.strerror}"
+        raise UserError(f"{what}: choose another path, or mend this one") from error
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run the command line ``argv`` (without the program's name); returns the exit code."""
     try:
-        args = parse(sys.argv[1:] if argv is None else argv)
-        return int(args.run(args))
+        return run(sys.argv[1:] if argv is None else argv)
     except UserError as error:
         # Every rank that torchrun started meets the same error. The others' goes to torchrun's own
         # report, which names the rank that failed first.
@@ -115,10 +134,31 @@ def main(argv: Sequence[str] | None = None) -> int:
 
 def program() -> int:
     """``main`` as the last thing that this process does."""
+    _mend_streams()
     try:
-        return main()
+        try:
+            return main()
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        # Python would flush again at the end, and complain.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        if not isinstance(error, BrokenPipeError):
+            report(f"cannot write to standard output: {error.strerror}")
+        return 1
     finally:
         garbage.none_at_exit()
+
+
+def _mend_streams() -> None:
+    """Let output go nowhere where it was closed, for ranks too, and name what its encoding lacks."""
+    for number, name in ((1, "stdout"), (2, "stderr")):
+        if getattr(sys, name) is None:
+            os.dup2(os.open(os.devnull, os.O_WRONLY), number)
+            os.set_inheritable(number, True)
+            setattr(sys, name, open(number, "w", closefd=False))  # noqa: SIM115
+        if isinstance(stream := getattr(sys, name), io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
 
 
 if __name__ == "__main__":

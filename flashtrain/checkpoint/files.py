@@ -12,6 +12,7 @@ from pathlib import Path
 
 from flashtrain.errors import UserError
 
+NO_ROOM = frozenset({errno.ENOSPC, errno.EDQUOT, errno.EFBIG})
 _REMEDIES = {
     errno.ENOSPC: "free space on this file system or choose another directory",
     errno.EDQUOT: "free some of your quota or choose another directory",

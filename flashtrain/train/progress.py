@@ -26,6 +26,7 @@ class ProgressBar(Callback):
             raise UserError(f"ProgressBar: every must be at least 1 step, not {every}")
         self.every, self._file = every, file
         self._bar: Progress | None = None
+        self._unread = False
         self._unshown: StepMetrics | None = None
 
     def on_start(self, run: Run) -> None:
@@ -72,8 +73,15 @@ class ProgressBar(Callback):
     def _print(self, line: str) -> None:
         if self._bar is not None:
             self._bar.console.print(line, markup=False, highlight=False)
-        else:
-            print(line, file=self._out, flush=True)
+        elif not self._unread:
+            try:
+                print(line, file=self._out, flush=True)
+            except OSError as error:
+                self._unread = True
+                raise UserError(
+                    f"the run cannot write to its standard output any more ({error.strerror}): send it to a "
+                    "file with room; the same command goes on from the last checkpoint"
+                ) from None
 
     def _print_step(self, metrics: StepMetrics) -> None:
         now = time.monotonic()

@@ -93,6 +93,7 @@ def test_ranks_become_one_record_and_lines_with_the_formula() -> None:
     [
         (["demoo"], "unknown recipe demoo; the nearest is demo"),
         (["demo", "--steps", "0"], "--steps is 0; it must be at least 1"),
+        (["demo", "--out", __file__], f"{__file__}: File exists: choose another path"),
         (["demo", "--against", "megatron"], "invalid choice: 'megatron'"),
         (["demo", "--model.layer", "2"], "unknown key --model.layer; the nearest is --model.layers"),
         (["llama-8b", "--parallel.tensor", "3"], "parallel.tensor 3 must divide it"),

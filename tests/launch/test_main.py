@@ -1,7 +1,9 @@
 """The command line: subcommands, one-line errors, exit codes."""
 
 import contextlib
+import errno
 import gc
+import os
 import subprocess
 import sys
 import types
@@ -39,6 +41,17 @@ def raising(error: BaseException) -> Callable:
         (UserError("no such\nthing"), 2, "flashtrain: error: no such thing\n"),
         (TransportError("rank 1: peer died"), 1, "flashtrain: error: rank 1: peer died\n"),
         (KeyboardInterrupt(), 130, ""),
+        (
+            PermissionError(errno.EACCES, "Permission denied", "/a/b"),
+            2,
+            "flashtrain: error: /a/b: Permission denied: choose another path, or mend this one\n",
+        ),
+        (
+            OSError(errno.ENOSPC, "No space left on device"),
+            2,
+            "flashtrain: error: No space left on device; free space on this file system or choose another "
+            "directory\n",
+        ),
     ],
 )
 def test_errors_become_a_line_and_a_code(
@@ -49,15 +62,46 @@ def test_errors_become_a_line_and_a_code(
     assert capsys.readouterr() == ("", line)
 
 
+def test_closed_streams_swallow_what_is_said() -> None:
+    words = f"{sys.executable} -c 'import sys; from flashtrain.launch import main; main.main = "
+    words += "lambda: print(1) or print(2, file=sys.stderr) or sys.stdout.isatty(); sys.exit(main.program())'"
+    assert subprocess.run(["sh", "-c", f"exec {words} >&- 2>&-"]).returncode == 0
+
+
+def test_a_terminal_without_arrows_is_no_traceback() -> None:
+    words = [sys.executable, "-m", "flashtrain.launch.main", "schedule", "--op", "all_gather"]
+    done = subprocess.run(
+        words, env=os.environ | {"PYTHONIOENCODING": "ascii"}, capture_output=True, text=True
+    )
+    assert (done.returncode, done.stderr) == (0, "")
+    assert "computed chunk (* own), sends (\\u2192 rank)" in done.stdout
+
+
 def test_the_code_of_a_command_is_passed_on(command: Callable) -> None:
     command(lambda args: 7)
     assert main.main(["doctor"]) == 7
 
 
-def test_other_errors_keep_their_traceback(command: Callable) -> None:
-    command(raising(ZeroDivisionError()))
-    with pytest.raises(ZeroDivisionError):
+@pytest.mark.parametrize("error", [ZeroDivisionError(), OSError(errno.EBADF, "Bad file descriptor")])
+def test_other_errors_keep_their_traceback(command: Callable, error: Exception) -> None:
+    command(raising(error))
+    with pytest.raises(type(error)):
         main.main(["doctor"])
+
+
+@pytest.mark.parametrize("words", [["--help"], ["schedule", "--op", "all_gather", "--rows", "4"]])
+def test_a_reader_that_has_gone_is_no_traceback(words: list[str]) -> None:
+    reading, writing = os.pipe()
+    os.close(reading)
+    done = subprocess.run(
+        [sys.executable, "-m", "flashtrain.launch.main", *words],
+        stdout=writing,
+        stderr=subprocess.PIPE,
+        text=True,
+        env={key: value for key, value in os.environ.items() if key != "PYTHONUNBUFFERED"},
+    )
+    os.close(writing)
+    assert (done.returncode, done.stderr) == (1, "")
 
 
 def test_one_rank_of_torchrun_speaks(

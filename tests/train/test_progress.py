@@ -65,6 +65,18 @@ def test_the_last_step_of_a_failed_run_is_shown_once(tmp_path: Path) -> None:
         assert re.findall(r"step \d+/\d+", out.getvalue()) == shown
 
 
+def test_a_reader_that_has_gone_ends_the_run_with_one_line(tmp_path: Path) -> None:
+    class Gone(io.StringIO):
+        def write(self, text: str) -> int:
+            raise BrokenPipeError(32, "Broken pipe")
+
+    bar = ProgressBar(every=4, file=Gone())
+    with pytest.raises(UserError, match=r"cannot write to its standard output.*Broken pipe\): send"):
+        bar.on_start(run_view(tmp_path))
+    bar.on_step(replace(METRICS, step=4))  # what the end of the run still tells goes nowhere
+    bar.on_end(run_view(tmp_path))
+
+
 def test_standard_output_is_the_default(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     play(ProgressBar(), run_view(tmp_path))
     assert "step 10/10" in capsys.readouterr().out
