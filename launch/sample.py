@@ -4,6 +4,7 @@ import argparse
 from pathlib import Path
 from typing import Any
 
+from flashtrain.errors import UserError
 from flashtrain.launch import garbage
 
 
@@ -54,13 +55,18 @@ def run(args: argparse.Namespace) -> int:
     if args.share is not None:
         model.share(args.share)
     tokenizer = snapshot.load_tokenizer_of(checkpoint, config)
+    try:
+        prompt = tokenizer.encode(args.prompt)
+    except UnicodeError:
+        raise UserError("--prompt is no UTF-8: give text") from None
     tokens = generate(
         model,
-        tokenizer.encode(args.prompt),
+        prompt,
         args.tokens,
         context=config["train"]["sequence"],
         temperature=args.temperature,
         seed=args.seed,
+        vocabulary=tokenizer.vocab_size,
     )
     print(args.prompt + tokenizer.decode(tokens))
     return 0

@@ -34,7 +34,9 @@ class Summary:
 
     def show(self) -> None:
         """Print it and write summary.json. For one process, after the ranks have parted; loads the model."""
-        (self.out / "summary.json").write_text(json.dumps(self.figures(), indent=2) + "\n")
+        summary = self.out / "summary.json"
+        if self.measured or not summary.exists():  # a finished run that is started again has none to add
+            summary.write_text(json.dumps(self.figures(), indent=2) + "\n")
         console = Console(highlight=False)
         figures = Table.grid(padding=(0, 2))
         for name, value in self._lines():
@@ -86,7 +88,15 @@ class Summary:
         prompt = tokenizer.encode(PROMPT)
         context = config["train"]["sequence"]
         try:
-            tokens = generate(model, prompt, SAMPLE_TOKENS, context=context, temperature=0.7, seed=0)
+            tokens = generate(
+                model,
+                prompt,
+                SAMPLE_TOKENS,
+                context=context,
+                temperature=0.7,
+                seed=0,
+                vocabulary=tokenizer.vocab_size,
+            )
         except UserError as error:  # a trained model is no failure because it cannot decode
             return f"none: {error}"
         return PROMPT + tokenizer.decode(tokens)

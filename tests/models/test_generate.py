@@ -37,12 +37,32 @@ def test_nothing_asked_for_is_nothing(model: Decoder) -> None:
     assert generate(model, [1], 0, context=8, temperature=1.0, seed=0) == []
 
 
+def test_tokens_that_only_the_model_has_are_not_drawn(model: Decoder) -> None:
+    drawn = generate(model, [1], 60, context=8, temperature=1.0, seed=5)
+    assert max(drawn) > 4, "or this shows nothing"
+    assert max(generate(model, [1], 60, context=8, temperature=1.0, seed=5, vocabulary=4)) < 4
+
+
+def test_weights_that_are_not_finite_are_told(model: Decoder) -> None:
+    broken = Decoder(model.config)
+    broken.norm.weight.data.fill_(torch.nan)
+    with pytest.raises(UserError, match="weights are not finite"):
+        generate(broken, [1], 1, context=8, temperature=1.0, seed=5)
+
+
 @pytest.mark.parametrize(
-    ("prompt", "count", "context", "temperature"),
-    [([], 1, 8, 1.0), ([1], -1, 8, 1.0), ([1], 1, 0, 1.0), ([1], 1, 8, -0.1)],
+    ("prompt", "count", "context", "temperature", "seed"),
+    [
+        ([], 1, 8, 1.0, 0),
+        ([1], -1, 8, 1.0, 0),
+        ([1], 1, 0, 1.0, 0),
+        ([1], 1, 8, -0.1, 0),
+        ([1], 1, 8, float("nan"), 0),
+        ([1], 1, 8, 1.0, 2**64),
+    ],
 )
 def test_bad_settings_are_refused(
-    model: Decoder, prompt: list[int], count: int, context: int, temperature: float
+    model: Decoder, prompt: list[int], count: int, context: int, temperature: float, seed: int
 ) -> None:
     with pytest.raises(UserError):
-        generate(model, prompt, count, context=context, temperature=temperature, seed=0)
+        generate(model, prompt, count, context=context, temperature=temperature, seed=seed)
