@@ -90,8 +90,8 @@ def _ratio(text: str) -> Fraction:
         ratio = Fraction(text)
     except (ValueError, ZeroDivisionError):
         raise UserError(f"--ratio {text}: expected a number or a fraction such as 0.5 or 2/3") from None
-    if ratio < 0:
-        raise UserError(f"--ratio {text}: must not be negative")
+    if not 0 <= ratio <= 10**9:
+        raise UserError(f"--ratio {text}: must not be negative, nor above 10**9")
     return ratio
 
 

@@ -262,7 +262,7 @@ def _show(entry: TensorEntry) -> str:
 
 def _check_same_model(path: Path, manifest: Manifest, entries: Entries) -> None:
     """Raise UserError that names the first tensor in which the checkpoint and ``entries`` differ."""
-    remedy = "build the model that was saved, or choose another checkpoint"
+    remedy = "give the settings of the model that was saved, or choose another folder"
     for set_name, wanted in entries.items():
         if set_name not in manifest.tensors:
             held = ", ".join(manifest.tensors)

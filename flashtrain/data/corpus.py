@@ -159,7 +159,14 @@ def unigram_entropy(tokens: np.ndarray) -> float:
 def _find(source: str) -> tuple[Path, list[str]]:
     """The source's path, and for a folder the relative POSIX paths of its documents in order."""
     library = source == "stdlib"
-    root = Path(sysconfig.get_paths()["stdlib"]) if library else Path(source).expanduser()
+    if not source:
+        raise UserError("corpus: its source is empty: give the path of a text file or folder")
+    try:
+        root = Path(sysconfig.get_paths()["stdlib"]) if library else Path(source).expanduser()
+    except RuntimeError:
+        raise UserError(
+            f"corpus {source}: there is no such user: give the path of a text file or folder"
+        ) from None
     if root.is_file() and not library:
         if root.stat().st_size == 0:
             raise UserError(f"corpus {source}: the file is empty: give one that holds text")

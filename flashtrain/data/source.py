@@ -229,6 +229,7 @@ def _prefix(name: str) -> Path:
 def _tokenizer_name(config: PreparedData.Config) -> str:
     name = config.tokenizer or _own_tokenizer(config.sets[0])
     if name is None:
+        TokenFile(_prefix(config.sets[0]))  # a set that is missing or damaged is named first
         raise UserError(
             f"set {config.sets[0]} does not say which tokenizer made it: set data.tokenizer to its "
             f'tokenizer.json or to "{BYTES}"'

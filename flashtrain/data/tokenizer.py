@@ -106,6 +106,8 @@ class JsonTokenizer:
         self._tokenizer.no_padding()
         self._tokenizer.encode_special_tokens = True
         vocabulary = self._tokenizer.get_vocab(with_added_tokens=True)
+        if not vocabulary:
+            raise UserError(f"{self.path} has no tokens: give another {TOKENIZER}")
         self.vocab_size = max(vocabulary.values()) + 1  # ids may have gaps
         self._config = self._read_config()
         self.boundary_name = boundary or _eos(self._config) or self._well_known(vocabulary)

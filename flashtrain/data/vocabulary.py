@@ -14,6 +14,7 @@ from flashtrain.errors import UserError
 
 BOUNDARY = "<|endoftext|>"
 _SMALLEST = 257  # every byte, and the boundary
+_LARGEST = 1 << 24  # the library makes room for all of them before it reads any text
 
 
 @dataclass
@@ -44,6 +45,8 @@ def train_tokenizer(
     """
     if vocab_size < _SMALLEST:
         raise UserError(f"vocab-size is {vocab_size}; {_SMALLEST} is the least: all bytes and a boundary")
+    if vocab_size > _LARGEST:
+        raise UserError(f"vocab-size is {vocab_size}; {_LARGEST} is the most")
     if (out / TOKENIZER).exists():
         raise UserError(f"{out / TOKENIZER} exists: choose another folder")
     tokenizers = require("tokenizers")

@@ -87,8 +87,8 @@ class Decoder(nn.Module):
         def validate(self, tensor_degree: int = 1) -> None:
             """Raise UserError for sizes that do not fit together, or do not divide by ``tensor_degree``."""
             for name in ("vocabulary", "hidden", "layers", "heads", "kv_heads", "mlp_width"):
-                if getattr(self, name) < 1:
-                    raise UserError(f"model.{name} is {getattr(self, name)}; it must be at least 1")
+                if not 1 <= (value := getattr(self, name)) < 2**31:
+                    raise UserError(f"model.{name} is {value}; it must be at least 1 and below 2**31")
             _must_divide("model.hidden", self.hidden, "model.heads", self.heads)
             if self.pairs() is None:
                 _must_divide("model.heads", self.heads, "model.kv_heads", self.kv_heads)

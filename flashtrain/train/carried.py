@@ -70,6 +70,15 @@ def copy(source: Path, target: Path, names: Sequence[str], links: bool = False) 
     return found
 
 
+def _check_json(file: Path) -> None:
+    try:
+        held = json.loads(file.read_bytes())
+    except ValueError:
+        held = None
+    if not isinstance(held, dict):
+        raise UserError(f"{file} is no tokenizer.json: it holds no JSON object")
+
+
 def copy_tokenizer(source: Path, target: Path) -> list[str]:
     """Copy a tokenizer's files from a folder, or from one tokenizer.json, into the folder ``target``.
 
@@ -80,6 +89,7 @@ def copy_tokenizer(source: Path, target: Path) -> list[str]:
     else:
         found = ["tokenizer.json"]
         with user_errors(f"cannot copy the tokenizer {source} to {target}"):
+            _check_json(source)
             shutil.copyfile(source, target / found[0])
             sync_file(target / found[0])
     if not found:

@@ -162,6 +162,9 @@ def test_bad_sources_are_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) 
             corpus(tmp_path / source)
         assert str(tmp_path / source) in str(caught.value)
         assert "\n" not in str(caught.value)
+    for name, message in (("~nobody-of-this-name/a", "no such user"), ("", "its source is empty")):
+        with pytest.raises(UserError, match=message):
+            corpus(name)
     with pytest.raises(UserError, match="held_out is 1"):
         corpus(tmp_path, 1.0)
     with pytest.raises(UserError, match="no split 'test'"):

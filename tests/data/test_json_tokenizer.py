@@ -128,7 +128,12 @@ def test_truncation_and_padding_of_the_file_are_off(folder: Path, tmp_path: Path
 
 
 def test_damaged_files_are_named(tmp_path: Path) -> None:
-    for text, message in (("{}", "is no tokenizer.json"), ("", "is no tokenizer.json")):
+    hollow = '{"version": "1.0", "model": {"type": "BPE", "vocab": {}, "merges": []}}'
+    for text, message in (
+        ("{}", "is no tokenizer.json"),
+        ("", "is no tokenizer.json"),
+        (hollow, "has no tokens"),
+    ):
         (tmp_path / TOKENIZER).write_text(text)
         with pytest.raises(UserError, match=message) as caught:
             JsonTokenizer(tmp_path)

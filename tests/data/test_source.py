@@ -139,6 +139,8 @@ def test_bad_settings_are_one_line(folder: Path, tmp_path: Path) -> None:
         (lambda: data(tmp_path, "one", tokenizer="bytes"), "with its 1 documents cannot be split"),
         (lambda: data(tmp_path, "begun", tokenizer="bytes"), "begun holds no complete prepared set"),
         (lambda: data(tmp_path, "no", tokenizer="bytes"), r"no\.bin cannot be read: No such file"),
+        (lambda: data(tmp_path, "no"), r"no\.bin cannot be read: No such file"),
+        (lambda: data(tmp_path, "begun"), "begun holds no complete prepared set"),
         (lambda: data(folder, "small").samples(10**6, 0), "one window takes 1000000"),
         (lambda: data(folder, "small", "large", weights=(-1.0, 1.0)).samples(8, 0), "the weight of .*small"),
     ):

@@ -129,6 +129,7 @@ def test_a_damaged_checkpoint_is_one_line_and_leaves_nothing(
         (["ft2hf", tmp_path / "nothing", out], "there is no checkpoint in"),
         (["ft2hf", ft, out, "--tokenizer", tmp_path / "none.json"], "none.json"),
         (["ft2hf", ft, out, "--tokenizer", ft / "model"], "holds no tokenizer"),
+        (["ft2hf", ft, out, "--tokenizer", next((ft / "model").iterdir())], "is no tokenizer.json"),
         (["hf2ft", source, out, "--tokenizer", source], "--tokenizer is for ft2hf"),
         (["ft2hf", ft, out, "--file-size", "2 apples"], "--file-size is 2 apples; expected a size"),
         (["ft2hf", ft, ft], "exists already"),

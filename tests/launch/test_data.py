@@ -92,6 +92,7 @@ def test_a_tokenizer_and_a_set_from_the_command_line(
             "cannot write a.jsonl: File exists",
         ),
         (["tokenizer", "a.jsonl", "--vocab-size", "3", "--out", "x"], "vocab-size is 3"),
+        (["tokenizer", "a.jsonl", "--vocab-size", "9" * 12, "--out", "x"], "vocab-size is 9"),
         (["prepair"], "prepair"),
         ([], "ACTION"),
     ],

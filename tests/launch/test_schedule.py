@@ -84,6 +84,7 @@ def test_the_picture(capsys: pytest.CaptureFixture[str], tmp_path: Path, words: 
         (["--ratio", "x"], "--ratio x: expected a number or a fraction such as 0.5 or 2/3"),
         (["--ratio", "1/0"], "--ratio 1/0: expected a number"),
         (["--ratio=-1"], "--ratio -1: must not be negative"),
+        (["--ratio", "1e400"], "--ratio 1e400: must not be negative, nor above 10**9"),
         (
             ["--out", "/no/such/folder/x.png"],
             "--out /no/such/folder/x.png: there is no folder /no/such/folder",

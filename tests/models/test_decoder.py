@@ -123,9 +123,9 @@ def test_a_model_on_the_meta_device_takes_no_memory_and_no_draws() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"vocabulary": 0}, "model.vocabulary is 0; it must be at least 1"),
-        ({"layers": 0}, "model.layers is 0; it must be at least 1"),
-        ({"heads": -1}, "model.heads is -1; it must be at least 1"),
+        ({"vocabulary": 0}, "model.vocabulary is 0; it must be at least 1 and below 2**31"),
+        ({"layers": 2**70}, f"model.layers is {2**70}; it must be at least 1 and below 2**31"),
+        ({"heads": -1}, "model.heads is -1; it must be at least 1 and below 2**31"),
         ({"heads": 5, "kv_heads": 5}, "model.hidden is 48; model.heads 5 must divide it"),
         ({"kv_heads": 4}, "model.heads is 6; model.kv_heads 4 must divide it"),
         ({"mlp_width": 100}, "model.mlp_width is 100; the packing of gate and up rows, 64 must divide it"),
