@@ -123,12 +123,15 @@ def run_tokenizer(args: argparse.Namespace) -> int:
 
 @contextmanager
 def _writing(out: Path) -> Iterator[None]:
-    """Turn an OSError into a UserError: inputs raise that themselves, so it is the folder that is written."""
+    """Turn an OSError into a UserError, unless it names a file that does not lie in ``out``."""
     from flashtrain.errors import UserError
 
     try:
         yield
     except OSError as error:
+        named = out if error.filename is None else Path(os.fsdecode(error.filename))
+        if not named.absolute().is_relative_to(out.absolute()):
+            raise
         from flashtrain.checkpoint.files import explain  # takes torch along, which nothing else here needs
 
         raise UserError(f"cannot write {out}: {explain(error)}") from error

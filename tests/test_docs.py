@@ -93,6 +93,19 @@ def test_commands_of_the_readme_are_known() -> None:
         guides.check(block)
 
 
+def test_guides_can_be_followed_one_after_the_other_in_one_folder() -> None:
+    """What refuses a folder that is there makes one that no other guide makes."""
+    made: dict[str, str] = {}
+    for file in sorted(DOCS.glob("*.md")):
+        text = "".join(block.text for block in guides.blocks(file) if block.language == "sh")
+        text = text.replace("\\\n", " ")
+        for folder in re.findall(r"data (?:tokenizer|prepare) .*--out (\S+)|convert \S+ \S+ (\S+)", text):
+            name = "".join(folder)
+            assert name not in made, f"{file.name} and {made[name]} make {name}"
+            made[name] = file.name
+    assert len(made) >= 8
+
+
 def test_every_promise_names_tests_that_exist() -> None:
     promises = README.read_text().partition("## What is promised")[2].partition("\n## ")[0]
     rows = [line.split("|")[1:3] for line in promises.splitlines() if line.startswith("| ")][1:]

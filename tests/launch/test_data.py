@@ -109,6 +109,17 @@ def test_bad_requests_are_one_line(
     assert not (folder / "x").exists()
 
 
+@pytest.mark.parametrize(("culprit", "said"), [("in/a", "in/a: Permission"), ("x/b", "cannot write x: Perm")])
+def test_what_cannot_be_read_is_not_said_to_be_unwritable(
+    culprit: str, said: str, monkeypatch: pytest.MonkeyPatch, capfd: pytest.CaptureFixture[str]
+) -> None:
+    def refuse(*_: object, **__: object) -> None:
+        raise PermissionError(13, "Permission denied", culprit)
+
+    monkeypatch.setattr("flashtrain.data.prepare.prepare", refuse)
+    assert said in error_line(["data", "prepare", "in", "--tokenizer", "bytes", "--out", "x"], capfd)
+
+
 def test_a_full_disk_is_one_line_and_what_was_done_is_kept(
     folder: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
 ) -> None:
