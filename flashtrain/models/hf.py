@@ -105,10 +105,7 @@ def config_to_hf(
     ``context`` tokens. ``dtype`` is that of the weights, without ``torch.``. Raises UserError if
     ``carried`` is of a model that cannot be like ``config``.
     """
-    if config.layout is not None:
-        raise UserError(
-            f"model.layout is a {type(config.layout).__qualname__}; only models without one can be converted"
-        )
+    _refuse_layout(config)
     content = dict(carried) or _fresh(config, context)
     for key in ("rope_parameters", "dtype"):
         content.pop(key, None)
@@ -127,6 +124,13 @@ def config_to_hf(
     if config_from_hf(content, where) != config:
         raise UserError(f"{where} is of another model: a {content['model_type']} cannot be like {config}")
     return content
+
+
+def _refuse_layout(config: Decoder.Config) -> None:
+    if config.layout is not None:
+        raise UserError(
+            f"model.layout is a {type(config.layout).__qualname__}; only models without one can be converted"
+        )
 
 
 def _fresh(config: Decoder.Config, context: int) -> dict[str, Any]:
@@ -183,6 +187,7 @@ def weights(config: Decoder.Config) -> list[Weight]:
 
     Raises UserError for a decoder with pairs of heads or layers that share, which transformers does not have.
     """
+    _refuse_layout(config)
     if config.pairing is not None:
         raise UserError(
             f"model.pairing {config.pairing} has no model of transformers; what model.kv_heads says has"

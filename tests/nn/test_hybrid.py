@@ -12,7 +12,7 @@ from flashtrain import config as configs
 from flashtrain.errors import UserError
 from flashtrain.models.decoder import Decoder
 from flashtrain.models.generate import generate
-from flashtrain.models.hf import config_to_hf
+from flashtrain.models.hf import config_to_hf, weights
 from flashtrain.nn.flowhn import FlowHN
 from flashtrain.nn.hybrid import ParallelHeads, Pattern
 from flashtrain.nn.mamba1 import Mamba1
@@ -190,3 +190,5 @@ def test_a_layout_is_chosen_by_its_class() -> None:
 def test_a_hybrid_is_not_converted() -> None:
     with pytest.raises(UserError, match=r"^model\.layout is a Pattern\.Config; only models without one"):
         config_to_hf(replace(CONFIG, layout=LAYOUTS[0]), "float32", 64, {})
+    with pytest.raises(UserError, match=r"^model\.layout is a Pattern\.Config; only models without one"):
+        weights(replace(CONFIG, layout=LAYOUTS[0]))
