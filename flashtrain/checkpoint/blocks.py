@@ -44,6 +44,11 @@ class Block:
         """Whether this rank holds no element, as happens with more ranks than rows."""
         return self.local.numel() == 0
 
+    def cut(self, whole: Tensor) -> Tensor:
+        """What of the whole tensor, of ``shape``, is this rank's: a view."""
+        sizes = zip(self.offset, self.local.shape, strict=True)
+        return whole[tuple(slice(start, start + size) for start, size in sizes)]
+
 
 def entry_of(where: str, tensor: Tensor) -> TensorEntry:
     """Shape and dtype of the whole tensor. Raises UserError if it cannot be stored."""

@@ -1,6 +1,8 @@
 """A Llama-style decoder: RMSNorm, grouped-query attention with rotary positions, SwiGLU; or a hybrid."""
 
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -168,28 +170,56 @@ class Decoder(nn.Module):
         config.validate()
         super().__init__()
         self.config = config
-        self.embedding = Embedding(config.vocabulary, config.hidden)
+        self.embedding = self._embedding()
         self.layers = nn.ModuleList(self._block(index) for index in range(config.layers))
-        self.norm = RMSNorm(config.hidden, config.norm_epsilon)
-        self.head = Head(config.hidden, config.vocabulary)
+        self.norm = self._norm()
+        self.head = self._head()
         if config.tied_embeddings:
             self.head.weight = self.embedding.weight
-        self._initialise(generator)
+        self._draw_part("", self, generator)
+        for mixer in _drawing_themselves(self):
+            mixer.initialise(generator)
         if config.sharing is not None:
             make_switchable(self._mixers(), config.sharing)
             for name, parameter in self.named_parameters():
                 if name.endswith("attention.cache.weight"):
                     self._draw(name, parameter, generator)
 
-    def _initialise(self, generator: torch.Generator | None) -> None:
-        for name, parameter in self.named_parameters():
+    @classmethod
+    def drawn(cls, config: Config, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of each parameter of ``Decoder(config, generator)``, to the bit, tied ones once.
+
+        A block at a time is in memory. Those with an SSM, whose rates are drawn after all else, stay until
+        the end, and so does the whole of a model whose layers may share.
+        """
+        if config.sharing is not None:
+            yield from cls(config, generator).named_parameters()
+            return
+        with torch.device("meta"):
+            model = cls(config)
+        parts: list[tuple[str, Callable[[], nn.Module]]] = [("embedding", model._embedding)]
+        parts += [(f"layers.{index}", partial(model._block, index)) for index in range(config.layers)]
+        parts += [("norm", model._norm), *([] if config.tied_embeddings else [("head", model._head)])]
+        waiting = []
+        for name, make in parts:
+            part = make()
+            model._draw_part(f"{name}.", part, generator)
+            if _drawing_themselves(part):
+                waiting.append((name, part))
+            else:
+                yield from part.named_parameters(prefix=name)
+        for _, part in waiting:
+            for mixer in _drawing_themselves(part):
+                mixer.initialise(generator)
+        for name, part in waiting:
+            yield from part.named_parameters(prefix=name)
+
+    def _draw_part(self, prefix: str, part: nn.Module, generator: torch.Generator | None) -> None:
+        for name, parameter in part.named_parameters():
             if parameter.dim() == 2:
-                self._draw(name, parameter, generator)
+                self._draw(prefix + name, parameter, generator)
             elif name.endswith("bias"):
                 nn.init.zeros_(parameter)
-        for module in self.modules():  # an SSM's rates and steps
-            if callable(initialise := getattr(module, "initialise", None)):
-                initialise(generator)
 
     def _draw(self, name: str, weight: nn.Parameter, generator: torch.Generator | None) -> None:
         # N(0, 2 / (5 hidden)) (arXiv 1910.05895, section 2.2), which fits wide and narrow models; the two
@@ -198,6 +228,15 @@ class Decoder(nn.Module):
         if not weight.is_meta:
             scale = (2 * self.config.layers) ** -0.5 if name.endswith(_WRITING) else 1.0
             nn.init.normal_(weight, std=(2 / (5 * self.config.hidden)) ** 0.5 * scale, generator=generator)
+
+    def _embedding(self) -> Embedding:
+        return Embedding(self.config.vocabulary, self.config.hidden)
+
+    def _norm(self) -> RMSNorm:
+        return RMSNorm(self.config.hidden, self.config.norm_epsilon)
+
+    def _head(self) -> Head:
+        return Head(self.config.hidden, self.config.vocabulary)
 
     def _block(self, index: int) -> nn.Module:
         config = self.config
@@ -294,6 +333,11 @@ class Decoder(nn.Module):
         """
         own = sum(p.numel() for p in self.parameters())
         return own if embedding or self.config.tied_embeddings else own - self.embedding.weight.numel()
+
+
+def _drawing_themselves(part: nn.Module) -> list[Any]:
+    """The SSMs in ``part``, which draw their rates and step sizes."""
+    return [module for module in part.modules() if callable(getattr(module, "initialise", None))]
 
 
 def _must_divide(name: str, value: int, by_name: str, by: int) -> None:

@@ -11,9 +11,11 @@ import torch.distributed as dist
 from torch.distributed.device_mesh import DeviceMesh
 
 from flashtrain.checkpoint import CheckpointStore
+from flashtrain.checkpoint.blocks import block_of
 from flashtrain.errors import UserError
 from flashtrain.metrics import peak_flops
 from flashtrain.models.decoder import Decoder
+from flashtrain.parallel import branches
 from flashtrain.parallel.apply import parallelize
 from flashtrain.parallel.data import Sharding
 from flashtrain.parallel.recompute import recompute
@@ -40,18 +42,19 @@ class Built:
     peak: float | None
 
 
-def check_room(config: Decoder.Config, ranks: int) -> None:
-    """Raise UserError if the memory of this machine cannot hold the model ``config`` on ``ranks`` ranks."""
+def check_room(config: Decoder.Config, share: float) -> None:
+    """Raise UserError if this machine trains on the CPU and cannot hold its ``share`` of the model."""
+    if torch.cuda.is_available():
+        return
     with torch.device("meta"):
         count = Decoder(config).parameter_count()
-    # Each rank draws the whole model in fp32. On the CPU it then has gradients and moments of its part.
-    each = 4 * ranks if torch.cuda.is_available() else max(4 * ranks, 16)
+    taken = 16 * count * share  # weights, gradients and moments in fp32
     there = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
-    if count * each > there:
+    if taken > there:
         raise UserError(
-            f"a model of {count / 1e9:,.2f} G parameters takes {count * each / 2**30:,.0f} GiB of memory on "
-            f"{ranks} ranks of one machine, and this one has {there / 2**30:,.0f} GiB: make the model "
-            "smaller, or use more machines"
+            f"a model of {count / 1e9:,.2f} G parameters takes {taken / 2**30:,.0f} GiB of this machine's "
+            f"memory without a GPU, and there are {there / 2**30:,.0f} GiB: make the model smaller, or use "
+            "more machines"
         )
 
 
@@ -63,20 +66,34 @@ def build_model(
     device: torch.device,
     by_branches: bool = False,
 ) -> Built:
-    """The plain model, drawn from ``train.seed`` alone, then moved to ``device`` and parallelised."""
-    model = Decoder(config, torch.Generator().manual_seed(train.seed))
-    built = describe(model, train, device)
-    model.to(device=device, dtype=getattr(torch, train.dtype))
-    distribute(model, train, sharding, mesh, by_branches)
+    """The plain model, drawn from ``train.seed`` alone, on the mesh; each rank holds only its part of it."""
+    built = build_empty(config, train, sharding, mesh, device, by_branches)
+    own = snapshot.held(built.model)
+    for name, whole in Decoder.drawn(config, torch.Generator().manual_seed(train.seed)):
+        if name in own and (block := block_of(name, own[name])) is not None:
+            block.local.copy_(block.cut(whole.detach()))
     return built
 
 
-def distribute(
-    model: Decoder, train: Training, sharding: Sharding, mesh: DeviceMesh, by_branches: bool = False
-) -> None:
-    """Parallelise ``model``, and let its blocks keep the activations that ``train.recompute`` says."""
+def build_empty(
+    config: Decoder.Config,
+    train: Training,
+    sharding: Sharding,
+    mesh: DeviceMesh,
+    device: torch.device,
+    by_branches: bool = False,
+) -> Built:
+    """The model on the mesh, its parameters on ``device`` without values; it never was there as a whole."""
+    with torch.device("meta"):
+        model = Decoder(config).to(getattr(torch, train.dtype))
+    built = describe(model, train, device)
     parallelize(model, mesh, sharding=sharding, by_branches=by_branches)
     recompute(model.layers, train.recompute)
+    model.to_empty(device=device)
+    branches.leave_out(model)
+    if config.tied_embeddings:
+        model.head.weight = model.embedding.weight
+    return built
 
 
 def describe(model: Decoder, train: Training, device: torch.device) -> Built:

@@ -130,7 +130,7 @@ class Trainer:
 
         def check_room(self, ranks: int) -> None:
             """Raise UserError if this machine has no memory for ``ranks`` of the ranks."""
-            check_room(self.model, ranks)
+            check_room(self.model, ranks / self.parallel.world)
 
     def __init__(self, config: Config, out: Path) -> None:
         self.config, self.out = replace(config, data=resolved(config.data)), Path(out)

@@ -20,14 +20,12 @@ from flashtrain.comm.transport.base import clock
 from flashtrain.metrics import current_memory, peak_memory, reset_peak_memory, step_time
 from flashtrain.metrics.gpu import Gpu, GpuSample
 from flashtrain.metrics.step_time import Account, Record
-from flashtrain.models.decoder import Decoder
 from flashtrain.nn.attend import Documents
 from flashtrain.nn.attend import settings as attention_settings
-from flashtrain.parallel import branches
 from flashtrain.parallel.context import own_segment
 from flashtrain.parallel.mesh import DATA
 from flashtrain.train import attention
-from flashtrain.train.build import Built, build_step, describe, distribute
+from flashtrain.train.build import Built, build_empty, build_step
 from flashtrain.train.step import Batch, StepUnderWay
 from flashtrain.train.trainer import Trainer
 
@@ -163,20 +161,13 @@ def finish(device: torch.device) -> None:
 
 
 def _draw(config: Trainer.Config, mesh: DeviceMesh, device: torch.device) -> Built:
-    """The parallelised model whose whole weights were never in one memory."""
-    dtype = getattr(torch, config.train.dtype)
-    with torch.device("meta"):
-        model = Decoder(config.model).to(dtype)
-    built = describe(model, config.train, device)
-    distribute(model, config.train, config.fsdp, mesh, config.parallel.branches > 1)
-    model.to_empty(device=device)
-    branches.leave_out(model)
-    if config.model.tied_embeddings:
-        model.head.weight = model.embedding.weight
+    """The parallelised model with weights that were drawn where they are, faster than those of a run."""
+    by_branches = config.parallel.branches > 1
+    built = build_empty(config.model, config.train, config.fsdp, mesh, device, by_branches)
     torch.manual_seed(config.train.seed + mesh.get_rank())
     deviation = (2 / (5 * config.model.hidden)) ** 0.5
     with torch.no_grad():
-        for parameter in model.parameters():
+        for parameter in built.model.parameters():
             local = parameter.to_local() if isinstance(parameter, DTensor) else parameter
             torch.nn.init.normal_(local, std=deviation) if parameter.dim() > 1 else local.fill_(1.0)
     return built

@@ -1,6 +1,7 @@
 """The decoder: what follows from its definition, whatever its weights."""
 
 import dataclasses
+import weakref
 from typing import Any
 
 import pytest
@@ -9,8 +10,14 @@ from torch import Tensor
 
 from flashtrain.errors import UserError
 from flashtrain.models.decoder import Decoder
+from flashtrain.nn.flowhn import FlowHN
+from flashtrain.nn.hybrid import Pattern
+from flashtrain.nn.mamba1 import Mamba1
 from flashtrain.nn.rotary import Llama3Scaling
+from flashtrain.nn.sharing import Sharing
+from flashtrain.nn.ssm import Mamba2
 
+SSM = Mamba2.Config(head_dim=16, states=8)
 CONFIG = Decoder.Config(vocabulary=50, hidden=48, layers=2, heads=6, kv_heads=2, mlp_width=128)
 
 
@@ -99,6 +106,36 @@ def test_parameters_depend_on_the_generator_alone() -> None:
         assert torch.equal(parameter, second.get_parameter(name)), name
         if parameter.dim() == 2:
             assert not torch.equal(parameter, other.get_parameter(name)), name
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {},
+        {"tied_embeddings": True, "qkv_bias": True},
+        {"sharing": Sharing(share="KV", kv_origin="fresh")},
+        {"layout": Pattern.Config(pattern="M*-M", ssm=SSM), "layers": 4},
+        {"layout": Pattern.Config(pattern="*M-", ssm=Mamba1.Config(states=4), positions=False), "layers": 3},
+        {"layout": FlowHN.Config(ssm=SSM, length=16, align=1)},
+    ],
+)
+def test_a_model_drawn_in_parts_is_the_model(change: dict[str, Any]) -> None:
+    config = dataclasses.replace(CONFIG, **change)
+    whole, generators = dict(decoder(config).named_parameters()), [torch.Generator() for _ in range(2)]
+    parts = dict(Decoder.drawn(config, generators[0].manual_seed(0)))
+    assert parts.keys() == whole.keys()
+    assert all(torch.equal(part, whole[name]) for name, part in parts.items())
+    Decoder(config, generators[1].manual_seed(0))
+    assert torch.equal(*(generator.get_state() for generator in generators))
+
+
+def test_a_model_drawn_in_parts_is_in_memory_a_block_at_a_time() -> None:
+    seen: list[weakref.ref[Tensor]] = []
+    most = 0
+    for _, part in Decoder.drawn(dataclasses.replace(CONFIG, layers=6), torch.Generator()):
+        seen.append(weakref.ref(part))
+        most = max(most, sum(one() is not None for one in seen))
+    assert most <= len(dict(decoder().layers[0].named_parameters())) < len(seen) / 6
 
 
 def test_projections_to_the_residual_stream_start_smaller() -> None:

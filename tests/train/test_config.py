@@ -53,9 +53,9 @@ def test_numbers_that_no_run_can_use_are_named(words: str, message: str) -> None
 def test_a_model_that_the_machine_cannot_hold_is_refused_before_it_is_made() -> None:
     RECIPES["demo"]().check_room(2)
     with pytest.raises(
-        UserError, match=r"^a model of 70\.55 G parameters takes 16,\d{3} GiB of memory on 64 r"
+        UserError, match=r"^a model of 70\.55 G parameters takes 131 GiB of this machine's memory "
     ):
-        RECIPES["llama-70b"]().check_room(64)
+        RECIPES["llama-70b"]().check_room(8)
 
 
 def test_a_rank_without_a_gpu_is_told_so(monkeypatch: pytest.MonkeyPatch) -> None:
