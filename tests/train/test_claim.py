@@ -28,14 +28,15 @@ def test_a_second_run_is_refused_and_told_of_the_first(
         with claimed(tmp_path / "other"):
             pass
     with claimed(tmp_path / "new/run"):
-        pass
+        (tmp_path / "new/run/record").touch()
+    assert [path.name for path in tmp_path.rglob("*")] == ["new", "run", "record"]
 
 
 def test_a_run_that_is_just_ending_is_waited_for(tmp_path: Path) -> None:
     inside, go = threading.Event(), threading.Event()
 
     def first() -> None:
-        with claimed(tmp_path):
+        with claimed(tmp_path / "run"):
             inside.set()
             go.wait(5)
 
@@ -43,8 +44,10 @@ def test_a_run_that_is_just_ending_is_waited_for(tmp_path: Path) -> None:
     thread.start()
     inside.wait(5)
     threading.Timer(0.2, go.set).start()
-    with claimed(tmp_path):
+    with claimed(tmp_path / "run"):
         assert go.is_set()
+        with (tmp_path / "run" / claim.LOCK).open() as file, pytest.raises(BlockingIOError):
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
     thread.join()
 
 
