@@ -43,7 +43,9 @@ def _rank_main(
     results: Any,
     received: Any,
 ) -> None:
-    faulthandler.register(signal.SIGUSR1, file=(folder / f"stack{rank}").open("w"))
+    stack = (folder / f"stack{rank}").open("w")
+    faulthandler.register(signal.SIGUSR1, file=stack)
+    faulthandler.enable(file=stack)
     torch.set_num_threads(1)
     os.environ.update(
         RANK=str(rank), LOCAL_RANK=str(rank), WORLD_SIZE=str(world), LOCAL_WORLD_SIZE=str(world)
@@ -69,16 +71,18 @@ def _rank_main(
 
 
 def _stacks(ranks: Sequence[Any], ended: Container[int], folder: Path) -> str:
-    """Where the ranks are that have not ``ended``: one of them may be the one that the others waited for."""
-    running = [
-        (rank, process.pid, folder / f"stack{rank}")
-        for rank, process in enumerate(ranks)
-        if rank not in ended and process.is_alive() and (folder / f"stack{rank}").exists()
-    ]
-    for _, process_id, _ in running:
-        os.kill(process_id, signal.SIGUSR1)
+    """Where the ranks are, or died, that have given no result: the others may have waited for one of them."""
+    others = [(rank, process) for rank, process in enumerate(ranks) if rank not in ended]
+    for rank, process in others:
+        if process.is_alive() and (folder / f"stack{rank}").exists():
+            os.kill(process.pid, signal.SIGUSR1)
     time.sleep(0.5)
-    return "".join(f"\nrank {rank} is at\n{stack.read_text()}" for rank, _, stack in running)
+    found = []
+    for rank, process in others:
+        stack = folder / f"stack{rank}"
+        place = "is at" if process.is_alive() else f"has ended with exit code {process.exitcode}, and was at"
+        found.append(f"\nrank {rank} {place}\n{stack.read_text() if stack.exists() else ''}")
+    return "".join(found)
 
 
 def run_distributed(fn: Callable[..., Any], world: int, *args: Any, timeout: float = 120) -> list[Any]:
