@@ -185,25 +185,24 @@ class Decoder(nn.Module):
                 if name.endswith("attention.cache.weight"):
                     self._draw(name, parameter, generator)
 
-    @classmethod
-    def drawn(cls, config: Config, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
-        """Name and value of each parameter of ``Decoder(config, generator)``, to the bit, tied ones once.
+    def drawn(self, generator: torch.Generator) -> Iterator[tuple[str, Tensor]]:
+        """Name and value of each parameter that ``Decoder(self.config, generator)`` has, to the bit.
 
-        A block at a time is in memory. Those with an SSM, whose rates are drawn after all else, stay until
-        the end, and so does the whole of a model whose layers may share.
+        Its own, which may be on any mesh, are left alone; tied ones come once. A block at a time is in
+        memory. Those with an SSM, whose rates are drawn after all else, stay until the end, and so does the
+        whole of a model whose layers may share.
         """
+        config = self.config
         if config.sharing is not None:
-            yield from cls(config, generator).named_parameters()
+            yield from Decoder(config, generator).named_parameters()
             return
-        with torch.device("meta"):
-            model = cls(config)
-        parts: list[tuple[str, Callable[[], nn.Module]]] = [("embedding", model._embedding)]
-        parts += [(f"layers.{index}", partial(model._block, index)) for index in range(config.layers)]
-        parts += [("norm", model._norm), *([] if config.tied_embeddings else [("head", model._head)])]
+        parts: list[tuple[str, Callable[[], nn.Module]]] = [("embedding", self._embedding)]
+        parts += [(f"layers.{index}", partial(self._block, index)) for index in range(config.layers)]
+        parts += [("norm", self._norm), *([] if config.tied_embeddings else [("head", self._head)])]
         waiting = []
         for name, make in parts:
             part = make()
-            model._draw_part(f"{name}.", part, generator)
+            self._draw_part(f"{name}.", part, generator)
             if _drawing_themselves(part):
                 waiting.append((name, part))
             else:

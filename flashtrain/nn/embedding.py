@@ -15,5 +15,10 @@ class Embedding(nn.Embedding):
     def __init__(self, vocabulary: int, width: int) -> None:
         super().__init__(vocabulary, width)
 
+    def reset_parameters(self) -> None:
+        """Draw the table; not on the meta device, where torch would import its compiler to draw nothing."""
+        if not self.weight.is_meta:
+            super().reset_parameters()
+
     def forward(self, tokens: Tensor) -> Tensor:
         return embedding(tokens, self.weight, main=getattr(self.weight, "main_grad", None))

@@ -69,7 +69,7 @@ def build_model(
     """The plain model, drawn from ``train.seed`` alone, on the mesh; each rank holds only its part of it."""
     built = build_empty(config, train, sharding, mesh, device, by_branches)
     own = snapshot.held(built.model)
-    for name, whole in Decoder.drawn(config, torch.Generator().manual_seed(train.seed)):
+    for name, whole in built.model.drawn(torch.Generator().manual_seed(train.seed)):
         if name in own and (block := block_of(name, own[name])) is not None:
             block.local.copy_(block.cut(whole.detach()))
     return built

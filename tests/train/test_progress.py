@@ -130,13 +130,14 @@ def test_numbers_for_reading() -> None:
         ProgressBar(every=0)
 
 
-def test_importing_callbacks_and_the_trainer_imports_no_heavy_package() -> None:
+def test_importing_callbacks_and_the_trainer_and_counting_a_model_import_no_heavy_package() -> None:
     heavy = ["rich", "matplotlib", "tensorboard", "torch.utils.tensorboard"]
     compiler = ["torch._dynamo", "torch._inductor"]
     program = (
         "import json, sys, flashtrain.train.progress, flashtrain.train.sinks;"
         f"found = [name for name in {heavy} if name in sys.modules];"
-        "import flashtrain.train.trainer;"
+        "import flashtrain.train.trainer, flashtrain.recipes;"
+        "flashtrain.recipes.RECIPES['demo']().check_room(1);"
         f"print(json.dumps(found + [name for name in {compiler} if name in sys.modules]))"
     )
     done = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True, check=True)
